@@ -1,0 +1,123 @@
+//! The contract between a replicated state machine and whoever hosts it.
+//!
+//! A host (the `raft` crate, the simulator, the model checker) feeds every replica the same commands at the same log indexes,
+//! by [`apply`] alone. [`apply`] also keeps the *running hash*: a chain over every command and every change that it made, so
+//! that two replicas at the same index can prove that they hold the same state (promise G10).
+//!
+//! Invariants:
+//! - Applying is a function of the state and the entry (rule R10): no clock, no randomness, no unordered iteration.
+//! - Whatever a machine keeps in memory can be rebuilt from its store by [`Machine::open`].
+//! - The applied index and the hash change in the same atomic step as the state (rule R5).
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::store::{Store, StoreError};
+
+/// A replicated state machine.
+pub trait Machine: Sized + Send + 'static {
+    /// What applying one entry answers to whoever proposed it. Never replicated, never stored.
+    type Reply: Send + 'static;
+
+    /// What the machine must know from the start and all replicas must have equal; checked by the machine itself.
+    type Config: Clone + Send + Sync + 'static;
+
+    /// Rebuilds what is kept in memory from `store`, which is empty at first.
+    fn open(config: &Self::Config, store: &dyn Store) -> Result<Self, StoreError>;
+
+    /// Applies one command. An error is a failure of the store and stops the replica.
+    fn apply(&mut self, store: &mut dyn Store, index: u64, command: &[u8]) -> Result<Self::Reply, StoreError>;
+}
+
+/// Where a replica stands: the index of the last entry that it applied, and the running hash over all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// The index of the last applied entry; 0: none.
+    pub index: u64,
+    /// The running hash.
+    pub hash: [u8; 32],
+}
+
+const POSITION_KEY: &[u8] = &[0x01];
+
+/// Reads where the replica stands.
+pub fn position(store: &dyn Store) -> Result<Position, StoreError> {
+    match store.get(POSITION_KEY)? {
+        None => Ok(Position::default()),
+        Some(bytes) => decode("position", &bytes),
+    }
+}
+
+/// Applies the command of the entry at `index`, and moves the position.
+///
+/// Indexes only grow; entries without a command (Raft's own) are not passed and may leave gaps.
+pub fn apply<M: Machine>(
+    machine: &mut M,
+    store: &mut dyn Store,
+    index: u64,
+    command: &[u8],
+) -> Result<M::Reply, StoreError> {
+    let before = position(store)?;
+    assert!(index > before.index, "entry {index} is applied after entry {}", before.index);
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&before.hash);
+    hasher.update(&index.to_be_bytes());
+    update_with_length(&mut hasher, command);
+    let mut hashed = HashedStore { inner: store, hasher };
+    let reply = machine.apply(&mut hashed, index, command)?;
+    let hash = *hashed.hasher.finalize().as_bytes();
+    store.put(POSITION_KEY, &encode(&Position { index, hash }))?;
+    Ok(reply)
+}
+
+/// Encodes a value in the format of all that is stored and replicated (postcard).
+pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    postcard::to_stdvec(value).expect("encoding into memory can't fail")
+}
+
+/// Decodes what [`encode`] made. `what` names the thing in the error.
+pub fn decode<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8]) -> Result<T, StoreError> {
+    postcard::from_bytes(bytes).map_err(|error| StoreError(format!("decode {what} ({} bytes): {error}", bytes.len())))
+}
+
+fn update_with_length(hasher: &mut blake3::Hasher, bytes: &[u8]) {
+    hasher.update(&(bytes.len() as u64).to_be_bytes());
+    hasher.update(bytes);
+}
+
+/// Passes everything on, and takes every change into the hash.
+struct HashedStore<'a> {
+    inner: &'a mut dyn Store,
+    hasher: blake3::Hasher,
+}
+
+impl Store for HashedStore<'_> {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        self.inner.get(key)
+    }
+
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        update_with_length(&mut self.hasher, key);
+        update_with_length(&mut self.hasher, value);
+        self.inner.put(key, value)
+    }
+
+    fn delete(&mut self, key: &[u8]) -> Result<(), StoreError> {
+        update_with_length(&mut self.hasher, key);
+        self.hasher.update(&u64::MAX.to_be_bytes());
+        self.inner.delete(key)
+    }
+
+    fn scan(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        self.inner.scan(from, to, visit)
+    }
+
+    fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<(Bytes, Bytes)>, StoreError> {
+        self.inner.last(from, to)
+    }
+}
