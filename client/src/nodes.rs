@@ -1,0 +1,97 @@
+//! The nodes that a client knows, and which of them it asks.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use tonic::transport::Channel;
+use verdict_proto::connect::Connect;
+
+use crate::{ClientError, tries::Place};
+
+/// Channels to addresses that servers named as leaders, beyond those that the caller gave.
+const HINTED_MAX: usize = 64;
+
+/// The nodes.
+#[derive(Debug)]
+pub(crate) struct Nodes {
+    connect: Arc<dyn Connect>,
+    /// As the caller gave them.
+    addresses: Vec<String>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    channels: BTreeMap<String, Channel>,
+    /// The one that answered last, as far as is known.
+    preferred: String,
+}
+
+impl Nodes {
+    pub(crate) fn new(connect: Arc<dyn Connect>, addresses: Vec<String>) -> Result<Nodes, ClientError> {
+        let mut channels = BTreeMap::new();
+        for address in &addresses {
+            let channel = connect.channel(address).map_err(|error| ClientError::InvalidArgument {
+                field: "addresses".into(),
+                message: format!("{address:?} is no host:port: {error}"),
+            })?;
+            channels.insert(address.clone(), channel);
+        }
+        let Some(preferred) = addresses.first().cloned() else {
+            let message = "at least one address is needed".into();
+            return Err(ClientError::InvalidArgument { field: "addresses".into(), message });
+        };
+        Ok(Nodes { connect, addresses, state: Mutex::new(State { channels, preferred }) })
+    }
+
+    pub(crate) fn addresses(&self) -> &[String] {
+        &self.addresses
+    }
+
+    /// The node to ask first.
+    pub(crate) fn preferred(&self) -> String {
+        self.lock().preferred.clone()
+    }
+
+    /// The node to ask after `asked` gave no answer. Other calls follow, unless they have moved on by themselves.
+    pub(crate) fn next(&self, asked: &str, place: Place) -> String {
+        let next = match place {
+            Place::Same => return asked.to_owned(),
+            Place::Leader(leader) if leader != asked && self.channel(&leader).is_ok() => leader,
+            Place::Leader(_) | Place::Other => self.neighbour(asked),
+        };
+        let mut state = self.lock();
+        if state.preferred == asked {
+            state.preferred.clone_from(&next);
+        }
+        next
+    }
+
+    /// A channel to the node at an address.
+    pub(crate) fn channel(&self, address: &str) -> Result<Channel, ClientError> {
+        let mut state = self.lock();
+        if let Some(channel) = state.channels.get(address) {
+            return Ok(channel.clone());
+        }
+        let refused = |message: String| ClientError::Unavailable { message };
+        if state.channels.len() >= self.addresses.len() + HINTED_MAX {
+            return Err(refused(format!("too many leaders were named to go to {address}")));
+        }
+        let channel =
+            self.connect.channel(address).map_err(|error| refused(format!("{address:?}: {error}")))?;
+        state.channels.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+
+    fn neighbour(&self, asked: &str) -> String {
+        let place = self.addresses.iter().position(|address| address == asked);
+        let next = place.map_or(0, |place| (place + 1) % self.addresses.len());
+        self.addresses[next].clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nothing panics while it holds this lock")
+    }
+}

@@ -1,0 +1,393 @@
+//! The client against a fake network of nodes that lose answers and refuse calls. The nodes share one memory of what took
+//! effect, so the tests see what a retry did.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures::{Stream, StreamExt as _, future::join_all};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
+use tonic_types::{ErrorDetails, StatusExt as _};
+use verdict_proto::{
+    connect::InProcess,
+    v1::{
+        self, Batch, CallError, GetBatchRequest, GetBatchResponse, HistoryRequest, HistoryResponse,
+        ReadRequest, ReadResponse, SubmitRequest, SubmitResponse, SubmitStreamRequest, SubmitStreamResponse,
+        outcome::Result as Said,
+        settlement_server::{Settlement, SettlementServer},
+        submit_stream_response::Result as Answered,
+    },
+};
+
+use crate::{AbortReason, BatchBuilder, Client, ClientError, Options, Outcome, UndecidedState};
+
+/// What a node does with the next batch that reaches it.
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    /// Settles it and loses the answer: the connection ends.
+    LoseAnswer,
+    /// Settles it and never answers.
+    NeverAnswer,
+    /// Says that nothing was proposed, and who leads.
+    Refuse { leader: Option<&'static str> },
+    /// Says that there is too much in flight.
+    Overloaded,
+    /// Says that the field is malformed.
+    Malformed,
+    /// A status without details, as a proxy makes it.
+    BareUnavailable,
+    /// Lost sight of it.
+    Undecided,
+}
+
+#[derive(Debug, Default)]
+struct World {
+    /// Every batch that took effect: its contents and its stamp.
+    settled: BTreeMap<String, (Batch, u64)>,
+    /// Every try that arrived: node and id.
+    tries: Vec<(&'static str, String)>,
+    /// What each node does next; then it settles.
+    script: BTreeMap<&'static str, VecDeque<Act>>,
+    /// The outcome of batches whose first partition is this.
+    aborts: Option<&'static str>,
+}
+
+impl World {
+    fn settle(&mut self, batch: &Batch) -> Said {
+        let partition = batch.operations[0].row.as_ref().map(|row| row.partition.clone());
+        if self.aborts == partition.as_deref() {
+            let reason = AbortReason::ShortOfFunds.into();
+            let aborted =
+                v1::Aborted { reason, operation: Some(0), met: None, message: "0 is not enough".into() };
+            return Said::Aborted(aborted);
+        }
+        let stamp = self.settled.len() as u64 + 1;
+        let (_, stamp) = self.settled.entry(batch.id.clone()).or_insert((batch.clone(), stamp));
+        Said::Committed(v1::Committed { stamp: *stamp })
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Node {
+    name: &'static str,
+    world: Arc<Mutex<World>>,
+}
+
+enum Reply {
+    Say(Said),
+    Refuse(Box<Status>),
+    End,
+    Silence,
+}
+
+impl Node {
+    fn take(&self, batch: &Batch) -> Reply {
+        let mut world = self.world.lock().unwrap();
+        world.tries.push((self.name, batch.id.clone()));
+        let act = world.script.get_mut(self.name).and_then(VecDeque::pop_front);
+        let refuse = |code, message: &str, details| {
+            Reply::Refuse(Box::new(Status::with_error_details(code, message, details)))
+        };
+        match act {
+            None => Reply::Say(world.settle(batch)),
+            Some(Act::LoseAnswer) => {
+                world.settle(batch);
+                Reply::End
+            }
+            Some(Act::NeverAnswer) => {
+                world.settle(batch);
+                Reply::Silence
+            }
+            Some(Act::Refuse { leader }) => {
+                let mut details = ErrorDetails::with_retry_info(Some(Duration::from_millis(5)));
+                let leader = leader.map(|leader| ("leader".to_owned(), leader.to_owned()));
+                details.set_error_info("NOT_LEADER", "verdict", HashMap::from_iter(leader));
+                refuse(Code::Unavailable, "no leader here", details)
+            }
+            Some(Act::Overloaded) => {
+                let details = ErrorDetails::with_retry_info(Some(Duration::from_millis(5)));
+                refuse(Code::ResourceExhausted, "too much in flight", details)
+            }
+            Some(Act::Malformed) => {
+                let details = ErrorDetails::with_bad_request_violation("batch.id", "is not a UUID");
+                refuse(Code::InvalidArgument, "malformed", details)
+            }
+            Some(Act::BareUnavailable) => Reply::Refuse(Box::new(Status::unavailable("upstream reset"))),
+            Some(Act::Undecided) => {
+                let state = UndecidedState::Unknown.into();
+                Reply::Say(Said::Undecided(v1::Undecided { state, message: "lost sight of it".into() }))
+            }
+        }
+    }
+}
+
+fn outcome(batch: &Batch, said: Said) -> v1::Outcome {
+    v1::Outcome { batch_id: batch.id.clone(), result: Some(said) }
+}
+
+#[tonic::async_trait]
+impl Settlement for Node {
+    async fn submit(&self, request: Request<SubmitRequest>) -> Result<Response<SubmitResponse>, Status> {
+        let batch = request.into_inner().batch.unwrap();
+        match self.take(&batch) {
+            Reply::Say(said) => Ok(Response::new(SubmitResponse { outcome: Some(outcome(&batch, said)) })),
+            Reply::Refuse(status) => Err(*status),
+            Reply::End => Err(Status::internal("the connection is about to break")),
+            Reply::Silence => std::future::pending().await,
+        }
+    }
+
+    type SubmitStreamStream = Pin<Box<dyn Stream<Item = Result<SubmitStreamResponse, Status>> + Send>>;
+
+    async fn submit_stream(
+        &self,
+        request: Request<Streaming<SubmitStreamRequest>>,
+    ) -> Result<Response<Self::SubmitStreamStream>, Status> {
+        let node = self.clone();
+        let answers = request.into_inner().filter_map(move |request| {
+            let node = node.clone();
+            async move {
+                let batch = request.ok()?.batch.unwrap();
+                let result = match node.take(&batch) {
+                    Reply::Say(said) => Answered::Outcome(outcome(&batch, said)),
+                    Reply::Refuse(status) => Answered::Error(CallError {
+                        code: status.code().into(),
+                        message: status.message().into(),
+                        field: String::new(),
+                        retry_after_ms: 5,
+                    }),
+                    Reply::End => return Some(Err(Status::unknown("broken"))),
+                    Reply::Silence => return None,
+                };
+                Some(Ok(SubmitStreamResponse { batch_id: batch.id, result: Some(result) }))
+            }
+        });
+        Ok(Response::new(answers.boxed()))
+    }
+
+    async fn get_batch(
+        &self,
+        request: Request<GetBatchRequest>,
+    ) -> Result<Response<GetBatchResponse>, Status> {
+        let batch_id = request.into_inner().batch_id;
+        let settled = self.world.lock().unwrap().settled.get(&batch_id).map(|(_, stamp)| *stamp);
+        let state = UndecidedState::NotSeen.into();
+        let said = match settled {
+            Some(stamp) => Said::Committed(v1::Committed { stamp }),
+            None => Said::Undecided(v1::Undecided { state, message: "no trace".into() }),
+        };
+        Ok(Response::new(GetBatchResponse { outcome: Some(v1::Outcome { batch_id, result: Some(said) }) }))
+    }
+
+    async fn read(&self, _: Request<ReadRequest>) -> Result<Response<ReadResponse>, Status> {
+        Err(Status::unimplemented("the fake holds no rows"))
+    }
+
+    async fn history(&self, _: Request<HistoryRequest>) -> Result<Response<HistoryResponse>, Status> {
+        Err(Status::unimplemented("the fake holds no rows"))
+    }
+}
+
+struct Fake {
+    world: Arc<Mutex<World>>,
+    network: InProcess,
+}
+
+impl Fake {
+    /// Nodes `a:1` and `b:2`, with what `a:1` does first.
+    fn new(first: impl IntoIterator<Item = Act>) -> Fake {
+        let fake = Fake { world: Arc::default(), network: InProcess::default() };
+        fake.script("a:1", first);
+        fake.serve("a:1");
+        fake.serve("b:2");
+        fake
+    }
+
+    fn script(&self, node: &'static str, acts: impl IntoIterator<Item = Act>) {
+        self.world.lock().unwrap().script.insert(node, acts.into_iter().collect());
+    }
+
+    fn serve(&self, name: &'static str) {
+        let incoming = ReceiverStream::new(self.network.listen(name));
+        let service = SettlementServer::new(Node { name, world: self.world.clone() });
+        tokio::spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
+    }
+
+    fn client(&self, addresses: &[&str], timeout_ms: u64) -> Client {
+        let options = Options {
+            connect: Arc::new(self.network.clone()),
+            timeout: Duration::from_millis(timeout_ms),
+            try_timeout: Duration::from_millis(300),
+        };
+        Client::connect(addresses.iter().copied(), options).unwrap()
+    }
+
+    fn tries(&self) -> Vec<(&'static str, String)> {
+        self.world.lock().unwrap().tries.clone()
+    }
+
+    fn settled(&self) -> usize {
+        self.world.lock().unwrap().settled.len()
+    }
+}
+
+fn batch() -> Batch {
+    BatchBuilder::new().add("user:1", "USDT", 5).build()
+}
+
+#[tokio::test]
+async fn a_lost_answer_is_asked_for_again_under_the_same_id() {
+    let fake = Fake::new([Act::LoseAnswer]);
+    let batch = batch();
+    let outcome = fake.client(&["a:1", "b:2"], 5000).submit(&batch).await;
+    assert_eq!(outcome, Ok(Outcome::Committed { stamp: 1 }));
+    assert_eq!(fake.tries(), [("a:1", batch.id.clone()), ("b:2", batch.id)]);
+    assert_eq!(fake.settled(), 1);
+}
+
+#[tokio::test]
+async fn a_silent_node_is_left_after_the_time_of_a_try() {
+    let fake = Fake::new([Act::NeverAnswer]);
+    let outcome = fake.client(&["a:1", "b:2"], 5000).submit(&batch()).await;
+    assert_eq!(outcome, Ok(Outcome::Committed { stamp: 1 }));
+    assert_eq!(fake.tries().len(), 2);
+}
+
+#[tokio::test]
+async fn the_leader_that_a_node_names_is_asked_next_and_first_from_then_on() {
+    let fake = Fake::new([Act::Refuse { leader: Some("b:2") }]);
+    let client = fake.client(&["a:1"], 5000);
+    for _ in 0..2 {
+        assert!(matches!(client.submit(&batch()).await, Ok(Outcome::Committed { .. })));
+    }
+    let nodes: Vec<_> = fake.tries().into_iter().map(|(node, _)| node).collect();
+    assert_eq!(nodes, ["a:1", "b:2", "b:2"]);
+}
+
+#[tokio::test]
+async fn refusals_until_the_deadline_are_an_error_not_unknown() {
+    let fake = Fake::new(vec![Act::Refuse { leader: None }; 1000]);
+    let result = fake.client(&["a:1"], 200).submit(&batch()).await;
+    assert!(matches!(result, Err(ClientError::Unavailable { .. })), "{result:?}");
+
+    let fake = Fake::new(vec![Act::Overloaded; 1000]);
+    let result = fake.client(&["a:1"], 200).submit(&batch()).await;
+    assert!(matches!(result, Err(ClientError::Overloaded { .. })), "{result:?}");
+
+    let nobody = fake.client(&["nobody:1"], 200).submit(&batch()).await;
+    assert!(matches!(nobody, Err(ClientError::Unavailable { .. })), "{nobody:?}");
+}
+
+#[tokio::test]
+async fn time_that_runs_out_after_a_try_is_unknown_never_aborted() {
+    for act in [Act::NeverAnswer, Act::BareUnavailable, Act::Undecided, Act::LoseAnswer] {
+        let mut acts = vec![act];
+        acts.extend([Act::Refuse { leader: None }; 1000]);
+        let fake = Fake::new(acts);
+        let result = fake.client(&["a:1"], 600).submit(&batch()).await;
+        assert!(matches!(result, Ok(Outcome::Unknown { .. })), "{act:?}: {result:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_abort_is_told_with_its_reason_and_a_malformed_batch_with_its_field() {
+    let fake = Fake::new([Act::Malformed]);
+    fake.world.lock().unwrap().aborts = Some("poor");
+    let client = fake.client(&["a:1"], 5000);
+    let malformed = client.submit(&batch()).await;
+    let error = ClientError::InvalidArgument { field: "batch.id".into(), message: "is not a UUID".into() };
+    assert_eq!(malformed, Err(error));
+    let short = client.submit(&BatchBuilder::new().add("poor", "USDT", -5).build()).await;
+    let Ok(Outcome::Aborted { reason, operation, .. }) = short else { panic!("{short:?}") };
+    assert_eq!((reason, operation), (AbortReason::ShortOfFunds, Some(0)));
+}
+
+#[tokio::test]
+async fn get_batch_tells_what_became_of_an_id() {
+    let fake = Fake::new([]);
+    let client = fake.client(&["a:1", "b:2"], 5000);
+    let batch = batch();
+    let before = client.get_batch(&batch.id, false, Duration::ZERO).await;
+    assert!(matches!(before, Ok(Outcome::Unknown { state: UndecidedState::NotSeen, .. })), "{before:?}");
+    let outcome = client.submit(&batch).await;
+    assert_eq!(client.get_batch(&batch.id, false, Duration::ZERO).await, outcome);
+}
+
+#[tokio::test]
+async fn a_submitter_survives_broken_streams_refusals_and_silence_and_settles_each_batch_once() {
+    let troubles = [
+        Act::Refuse { leader: None },
+        Act::Overloaded,
+        Act::LoseAnswer,
+        Act::NeverAnswer,
+        Act::Undecided,
+        Act::LoseAnswer,
+    ];
+    let fake = Fake::new(troubles);
+    fake.script("b:2", troubles);
+    let submitter = fake.client(&["a:1", "b:2"], 20_000).submitter(64);
+    let batches: Vec<Batch> = (0..2000).map(|_| batch()).collect();
+    let answers = join_all(batches.iter().map(|batch| submitter.submit(batch.clone()))).await;
+    let mut stamps = std::collections::BTreeSet::new();
+    for answer in &answers {
+        let Ok(Outcome::Committed { stamp }) = answer.result else { panic!("{answer:?}") };
+        assert!(stamps.insert(stamp), "stamp {stamp} was given to two batches");
+    }
+    assert_eq!(fake.settled(), batches.len());
+    assert!(submitter.stats().streams > 1, "no stream was lost");
+    assert!(submitter.stats().resubmitted > 0, "nothing was sent again");
+    assert!(answers.iter().any(|answer| answer.lost > 0), "no answer was lost");
+}
+
+#[tokio::test]
+async fn a_submitter_answers_the_same_id_with_the_same_contents_alike_and_refuses_others() {
+    let fake = Fake::new([]);
+    let submitter = fake.client(&["a:1"], 5000).submitter(8);
+    let one = batch();
+    let other = Batch { zero_sum: true, ..one.clone() };
+    // Handed over before the task runs: all three meet in it.
+    let slots = [submitter.reserve().await, submitter.reserve().await, submitter.reserve().await];
+    let [first, second, third] = slots;
+    let pending = (first.submit(one.clone()), second.submit(one), third.submit(other));
+    let (first, second, third) = tokio::join!(pending.0, pending.1, pending.2);
+    assert_eq!(first.result, Ok(Outcome::Committed { stamp: 1 }));
+    assert_eq!(second.result, first.result);
+    assert!(matches!(third.result, Err(ClientError::DifferentContents { .. })), "{third:?}");
+}
+
+#[tokio::test]
+async fn a_submitter_tells_unknown_and_unavailable_apart_at_the_deadline() {
+    let fake = Fake::new(vec![Act::NeverAnswer; 1000]);
+    let silent = fake.client(&["a:1"], 500).submitter(8).submit(batch()).await;
+    assert!(matches!(silent.result, Ok(Outcome::Unknown { .. })), "{silent:?}");
+    let nobody = fake.client(&["nobody:1"], 500).submitter(8).submit(batch()).await;
+    assert!(matches!(nobody.result, Err(ClientError::Unavailable { .. })), "{nobody:?}");
+}
+
+#[tokio::test]
+async fn a_submitter_keeps_no_more_in_flight_than_its_window() {
+    let fake = Fake::new(vec![Act::NeverAnswer; 1000]);
+    let submitter = fake.client(&["a:1"], 60_000).submitter(2);
+    let _first = submitter.reserve().await.submit(batch());
+    let _second = submitter.reserve().await.submit(batch());
+    let third = tokio::time::timeout(Duration::from_millis(50), submitter.reserve()).await;
+    assert!(third.is_err(), "a third place in a window of two");
+}
+
+#[tokio::test]
+async fn calls_can_be_spawned() {
+    fn spawnable<T: Send>(_: T) {}
+    let fake = Fake::new([]);
+    let client = fake.client(&["a:1"], 5000);
+    let batch = batch();
+    spawnable(client.submit(&batch));
+    spawnable(client.get_batch(&batch.id, false, Duration::ZERO));
+    spawnable(client.read(Vec::new()));
+    spawnable(client.status());
+    spawnable(client.trigger_snapshot("a:1", 0));
+    spawnable(client.submitter(1).submit(batch.clone()));
+}
