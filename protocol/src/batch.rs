@@ -1,1 +1,405 @@
-//! batch
+//! Batches: what a client submits, checked and split by shard.
+//!
+//! A batch that has passed [`Batch::check`] can be settled or rejected, but is never malformed. Its [`ContentHash`] covers all
+//! that decides its effects (operations and `zero_sum`), not how long the coordinator may try.
+
+use std::collections::BTreeMap;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ids::{BatchId, ContentHash, ShardId, Stamp},
+    machine::encode,
+};
+
+/// The longest name of a partition or of a row, in bytes.
+pub const NAME_BYTES_MAX: usize = 256;
+
+/// The key of a row: its partition and its name inside it. Ordered by partition first.
+///
+/// Kept as `partition, 0x00, name` in one piece; neither part contains a NUL.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RowKey(Bytes);
+
+impl RowKey {
+    /// A key of its two parts, or what is wrong with them: the field (`partition` or `name`) and the problem.
+    pub fn new(partition: &str, name: &str) -> Result<RowKey, (&'static str, String)> {
+        for (field, text) in [("partition", partition), ("name", name)] {
+            let problem = if text.is_empty() {
+                "must not be empty".to_owned()
+            } else if text.len() > NAME_BYTES_MAX {
+                format!("is {} bytes long, at most {NAME_BYTES_MAX} are allowed", text.len())
+            } else if text.chars().any(char::is_control) {
+                format!("{text:?} contains a control character")
+            } else {
+                continue;
+            };
+            return Err((field, problem));
+        }
+        let mut bytes = BytesMut::with_capacity(partition.len() + 1 + name.len());
+        bytes.put_slice(partition.as_bytes());
+        bytes.put_u8(0);
+        bytes.put_slice(name.as_bytes());
+        Ok(RowKey(bytes.freeze()))
+    }
+
+    /// The bytes as they are stored.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The partition.
+    pub fn partition(&self) -> &str {
+        self.parts().0
+    }
+
+    /// The name inside the partition.
+    pub fn name(&self) -> &str {
+        self.parts().1
+    }
+
+    /// The asset of the balance in this row: its name up to the first `/`.
+    pub fn asset(&self) -> &str {
+        self.name().split('/').next().unwrap_or_default()
+    }
+
+    fn parts(&self) -> (&str, &str) {
+        let text = std::str::from_utf8(&self.0).expect("a key is made of two strings");
+        text.split_once('\0').expect("a key has a NUL between its parts")
+    }
+}
+
+impl std::fmt::Debug for RowKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}#{}", self.partition(), self.name())
+    }
+}
+
+/// One change or one condition on one row.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Operation {
+    /// The row.
+    pub row: RowKey,
+    /// What to do with it.
+    pub kind: OperationKind,
+}
+
+/// What an operation does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OperationKind {
+    /// Changes a balance.
+    Add {
+        /// The signed change, in smallest units.
+        delta: i128,
+        /// The balance afterwards must be at least this. None: 0 for a negative delta, no floor otherwise.
+        floor: Option<i128>,
+        /// The balance afterwards must be at most this.
+        ceiling: Option<i128>,
+    },
+    /// Writes a record.
+    Put(Bytes),
+    /// Writes a record that must not exist.
+    Insert(Bytes),
+    /// Removes a record, if there is one.
+    Delete,
+    /// Demands something, changes nothing.
+    Require(Condition),
+}
+
+/// What a `Require` demands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Condition {
+    /// The row exists, or doesn't.
+    Exists(bool),
+    /// The stamp of the last change is this; 0: never written.
+    VersionIs(Stamp),
+    /// A record with these contents.
+    RecordIs(Bytes),
+    /// A balance of at least this.
+    AtLeast(i128),
+    /// A balance of at most this.
+    AtMost(i128),
+    /// A balance of exactly this.
+    BalanceIs(i128),
+}
+
+/// What a client submits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Its id.
+    pub id: BatchId,
+    /// How long the coordinator may try before it decides abort; 0: the default.
+    pub timeout_ms: u32,
+    /// The operations, in order.
+    pub operations: Vec<Operation>,
+    /// Whether the deltas of each asset must add up to 0.
+    pub zero_sum: bool,
+}
+
+/// Limits on a batch. Half of each is worth a warning in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// Operations per batch.
+    pub operations_max: usize,
+    /// Participants per batch.
+    pub participants_max: usize,
+    /// Bytes of all operations of a batch, as they are encoded for the shards.
+    pub bytes_max: usize,
+}
+
+impl Default for BatchLimits {
+    fn default() -> Self {
+        BatchLimits { operations_max: 1000, participants_max: 64, bytes_max: 1 << 20 }
+    }
+}
+
+/// What is wrong with a batch.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {problem}")]
+pub struct BatchError {
+    /// The field, as the wire contract names it.
+    pub field: String,
+    /// What is wrong with it and what to do.
+    pub problem: String,
+}
+
+impl BatchError {
+    /// An error in a field of the batch.
+    pub fn new(field: impl Into<String>, problem: impl Into<String>) -> BatchError {
+        BatchError { field: field.into(), problem: problem.into() }
+    }
+}
+
+/// Which shard owns a partition. Fixed when a cluster is set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// How many shards there are: 1 to this number.
+    pub shards: u32,
+}
+
+impl Placement {
+    /// The shard that owns a partition: FNV-1a (64 bits) of its name, finished with a multiply-shift so that all bits count,
+    /// scaled to the number of shards. Part of the stored format: it never changes.
+    pub fn shard_of(&self, partition: &str) -> ShardId {
+        let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+        for byte in partition.bytes() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+        hash = (hash ^ (hash >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let scaled = (u128::from(hash) * u128::from(self.shards)) >> 64;
+        ShardId(1 + scaled as u32)
+    }
+
+    /// All shards.
+    pub fn all(&self) -> impl Iterator<Item = ShardId> {
+        (1..=self.shards).map(ShardId)
+    }
+}
+
+/// The operations of one shard, each with its place in the whole batch.
+pub type Part = Vec<(u32, Operation)>;
+
+impl Batch {
+    /// Hash of the contents.
+    pub fn hash(&self) -> ContentHash {
+        ContentHash(*blake3::hash(&encode(&(self.zero_sum, &self.operations))).as_bytes())
+    }
+
+    /// Splits the operations by shard, in the order of the batch.
+    pub fn split(&self, placement: Placement) -> BTreeMap<ShardId, Part> {
+        let mut parts: BTreeMap<ShardId, Part> = BTreeMap::new();
+        for (place, operation) in self.operations.iter().enumerate() {
+            let shard = placement.shard_of(operation.row.partition());
+            parts.entry(shard).or_default().push((place as u32, operation.clone()));
+        }
+        parts
+    }
+
+    /// Checks all that can be checked without knowing any row.
+    pub fn check(&self, limits: &BatchLimits, placement: Placement) -> Result<(), BatchError> {
+        if !self.id.is_v7() {
+            return Err(BatchError::new("batch.id", format!("{} is not a UUID of version 7", self.id)));
+        }
+        let count = self.operations.len();
+        if count == 0 {
+            return Err(BatchError::new("batch.operations", "is empty: a batch has at least one operation"));
+        }
+        if count > limits.operations_max {
+            let problem = format!("has {count} operations, at most {} are allowed", limits.operations_max);
+            return Err(BatchError::new("batch.operations", problem));
+        }
+        let bytes = encode(&self.operations).len();
+        if bytes > limits.bytes_max {
+            let problem = format!("takes {bytes} bytes, at most {} are allowed", limits.bytes_max);
+            return Err(BatchError::new("batch.operations", problem));
+        }
+        self.check_rows()?;
+        if self.zero_sum {
+            self.check_zero_sum()?;
+        }
+        let mut shards: Vec<_> =
+            self.operations.iter().map(|operation| placement.shard_of(operation.row.partition())).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        if shards.len() > limits.participants_max {
+            let problem =
+                format!("touch {} shards, at most {} are allowed", shards.len(), limits.participants_max);
+            return Err(BatchError::new("batch.operations", problem));
+        }
+        Ok(())
+    }
+
+    /// Operations on one row must make sense together.
+    fn check_rows(&self) -> Result<(), BatchError> {
+        #[derive(Default)]
+        struct Seen {
+            balance: Option<usize>,
+            record: Option<usize>,
+            write: Option<usize>,
+            sum: i128,
+        }
+        let mut rows: BTreeMap<&RowKey, Seen> = BTreeMap::new();
+        for (place, operation) in self.operations.iter().enumerate() {
+            let seen = rows.entry(&operation.row).or_default();
+            let clash = |other: usize, what: &str| {
+                let problem = format!("clashes with operations[{other}] on row {:?}: {what}", operation.row);
+                Err(BatchError::new(format!("batch.operations[{place}]"), problem))
+            };
+            match &operation.kind {
+                OperationKind::Add { delta, floor, ceiling } => {
+                    let Some(sum) = seen.sum.checked_add(*delta) else {
+                        let problem = format!("the deltas on row {:?} overflow 128 bits", operation.row);
+                        return Err(BatchError::new(format!("batch.operations[{place}].add.delta"), problem));
+                    };
+                    seen.sum = sum;
+                    if let (Some(floor), Some(ceiling)) = (floor, ceiling)
+                        && floor > ceiling
+                    {
+                        let problem = format!("the floor {floor} is above the ceiling {ceiling}");
+                        return Err(BatchError::new(format!("batch.operations[{place}].add.floor"), problem));
+                    }
+                    let low = floor.unwrap_or(if *delta < 0 { 0 } else { i128::MIN });
+                    let high = ceiling.unwrap_or(i128::MAX);
+                    if (sum < 0 && low.checked_sub(sum).is_none()) || (sum > 0 && high.checked_sub(sum).is_none())
+                    {
+                        let problem = "no balance of 128 bits fits this delta with its floor and ceiling";
+                        return Err(BatchError::new(format!("batch.operations[{place}].add"), problem));
+                    }
+                    seen.balance.get_or_insert(place);
+                }
+                OperationKind::Put(_) | OperationKind::Insert(_) | OperationKind::Delete => {
+                    if let Some(other) = seen.write {
+                        return clash(other, "a batch writes a record at most once");
+                    }
+                    seen.write = Some(place);
+                    seen.record.get_or_insert(place);
+                }
+                OperationKind::Require(Condition::RecordIs(_)) => {
+                    seen.record.get_or_insert(place);
+                }
+                OperationKind::Require(
+                    Condition::AtLeast(_) | Condition::AtMost(_) | Condition::BalanceIs(_),
+                ) => {
+                    seen.balance.get_or_insert(place);
+                }
+                OperationKind::Require(Condition::Exists(_) | Condition::VersionIs(_)) => {}
+            }
+            if let (Some(balance), Some(record)) = (seen.balance, seen.record) {
+                let what = "one treats the row as a balance, the other as a record";
+                return clash(balance.min(record), what);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_zero_sum(&self) -> Result<(), BatchError> {
+        let mut sums: BTreeMap<&str, i128> = BTreeMap::new();
+        for operation in &self.operations {
+            if let OperationKind::Add { delta, .. } = &operation.kind {
+                let sum = sums.entry(operation.row.asset()).or_default();
+                *sum = sum.checked_add(*delta).ok_or_else(|| {
+                    let problem = format!("the deltas of {} overflow 128 bits", operation.row.asset());
+                    BatchError::new("batch.zero_sum", problem)
+                })?;
+            }
+        }
+        match sums.into_iter().find(|(_, sum)| *sum != 0) {
+            None => Ok(()),
+            Some((asset, sum)) => {
+                let problem = format!("the deltas of {asset} add up to {sum}, not to 0");
+                Err(BatchError::new("batch.zero_sum", problem))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Millis;
+
+    fn row(partition: &str, name: &str) -> RowKey {
+        RowKey::new(partition, name).unwrap()
+    }
+
+    fn add(partition: &str, name: &str, delta: i128) -> Operation {
+        Operation {
+            row: row(partition, name),
+            kind: OperationKind::Add { delta, floor: None, ceiling: None },
+        }
+    }
+
+    fn batch(operations: Vec<Operation>, zero_sum: bool) -> Batch {
+        Batch { id: BatchId::from_parts(Millis(1), [0; 10]), timeout_ms: 0, operations, zero_sum }
+    }
+
+    fn problem(batch: &Batch) -> String {
+        batch.check(&BatchLimits::default(), Placement { shards: 3 }).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_batch_that_creates_money_is_refused_by_zero_sum() {
+        let mut trade = batch(vec![add("a", "USD", -5), add("b", "USD/margin", 4)], true);
+        assert_eq!(problem(&trade), "batch.zero_sum: the deltas of USD add up to -1, not to 0");
+        trade.operations.push(add("c", "USD", 1));
+        trade.check(&BatchLimits::default(), Placement { shards: 3 }).unwrap();
+    }
+
+    #[test]
+    fn clashing_operations_name_each_other() {
+        let put = |value: &'static [u8]| Operation {
+            row: row("a", "x"),
+            kind: OperationKind::Put(Bytes::from_static(value)),
+        };
+        let mixed = batch(vec![add("a", "x", 1), put(b"1")], false);
+        assert!(
+            problem(&mixed).starts_with("batch.operations[1]: clashes with operations[0]"),
+            "{}",
+            problem(&mixed)
+        );
+        let twice = batch(vec![put(b"1"), put(b"2")], false);
+        assert!(problem(&twice).contains("at most once"));
+    }
+
+    #[test]
+    fn deltas_that_overflow_are_refused() {
+        let wide = batch(vec![add("a", "x", i128::MAX), add("a", "x", 1)], false);
+        assert!(problem(&wide).contains("overflow"), "{}", problem(&wide));
+    }
+
+    #[test]
+    fn the_placement_is_part_of_the_format() {
+        let placement = Placement { shards: 4 };
+        let shards: Vec<u32> =
+            ["user:1", "user:2", "user:3", "trade:BTC-USDT:1"].map(|name| placement.shard_of(name).0).to_vec();
+        assert_eq!(shards, PLACED);
+        let mut counts = [0; 4];
+        for user in 0..4000 {
+            counts[placement.shard_of(&format!("user:{user}")).0 as usize - 1] += 1;
+        }
+        assert!(counts.iter().all(|count| (850..1150).contains(count)), "uneven: {counts:?}");
+    }
+
+    const PLACED: [u32; 4] = [0, 0, 0, 0];
+}

@@ -1,1 +1,721 @@
-//! shard
+//! The shard: the built-in participant, as a replicated state machine.
+//!
+//! An entry of a shard's log is a list of messages from coordinators ([`ToShard`]); applying it answers with messages to them
+//! ([`FromShard`]). All that a leader of the shard knows is here, in replicated state, so a change of leaders changes nothing.
+//!
+//! Invariants:
+//! - A part that voted YES is removed by the outcome of its batch, or by a later number of the same batch and epoch, and by nothing
+//!   else: not by time, not by a limit, not by another epoch (rules R3, R11).
+//! - A prepare at or below the mark, with a finished number, or of another epoch than the recorded one, changes nothing (R4, R11).
+//! - The answer to a repeated prepare is the same, YES and NO alike, until its outcome.
+//! - Effects of a commit and the end of its part are one atomic step (R5).
+//!
+//! For example: `prepare 1.1 add a -10` on a balance of 15 is held and answered YES; `prepare 1.2 add a -10` waits, because the
+//! answer depends on 1.1; `outcome 1.1 abort` grants it, and the vote YES for 1.2 is among the answers.
+
+mod evaluate;
+mod locks;
+mod rows;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use self::{
+    evaluate::ByRow,
+    locks::{Answer, Claim, Mode, RowLock, Ticket},
+};
+use crate::{
+    batch::{Part, Placement, RowKey},
+    ids::{BatchId, ContentHash, Epoch, GroupId, Millis, Number, ShardId, Stamp},
+    machine::{Machine, decode, encode},
+    messages::{
+        Done, FromShard, Greeting, HeldPart, PartOutcome, Prepare, RowValue, ShardQuery, ShardRead,
+        ShardReadAnswer, ToShard, Vote, VoteKind,
+    },
+    store::{Store, StoreError},
+};
+
+const PART_TABLE: u8 = 0x12;
+const PEER_TABLE: u8 = 0x13;
+const FINISHED_TABLE: u8 = 0x14;
+const CONFIG_TABLE: u8 = 0x15;
+
+/// What all replicas of a shard must know and have equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardConfig {
+    /// Which shard this is.
+    pub shard: ShardId,
+    /// Where partitions live.
+    pub placement: Placement,
+    /// How many parts may be held; more are refused (OVERLOADED), so that memory is bounded.
+    pub parts_max: u32,
+}
+
+/// One entry of a shard's log.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardEntry {
+    /// The proposer's clock, to show ages by. Nothing depends on it.
+    pub now: Millis,
+    /// What came in.
+    pub messages: Vec<ToShard>,
+}
+
+/// What applying an entry answers: for each coordinator, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ShardReply {
+    /// The answers.
+    pub messages: Vec<(GroupId, FromShard)>,
+    /// Things that must not be, for the log and for people.
+    pub alarms: Vec<String>,
+}
+
+impl ShardReply {
+    fn to(&mut self, coordinator: GroupId) -> &mut FromShard {
+        let place = self.messages.iter().position(|(group, _)| *group == coordinator);
+        let place = place.unwrap_or_else(|| {
+            self.messages.push((coordinator, FromShard::default()));
+            self.messages.len() - 1
+        });
+        &mut self.messages[place].1
+    }
+}
+
+/// What is remembered of a coordinator group.
+#[derive(Clone, Debug, Default)]
+struct Peer {
+    epoch: Epoch,
+    mark: Number,
+    /// Finished numbers above the mark.
+    finished: BTreeSet<Number>,
+}
+
+impl Peer {
+    fn is_finished(&self, number: Number) -> bool {
+        number <= self.mark || self.finished.contains(&number)
+    }
+}
+
+/// Where a held part stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Stand {
+    Waiting,
+    Yes,
+    No(crate::messages::Abort),
+}
+
+/// A part as it is stored (rule R8).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Held {
+    number: Number,
+    hash: ContentHash,
+    shards: Vec<ShardId>,
+    operations: Part,
+    stand: Stand,
+    since: Millis,
+}
+
+impl Held {
+    fn vote(&self) -> VoteKind {
+        match &self.stand {
+            Stand::Waiting => VoteKind::Waiting,
+            Stand::Yes => VoteKind::Yes,
+            Stand::No(abort) => VoteKind::No(abort.clone()),
+        }
+    }
+}
+
+/// A part that is held, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldSince {
+    /// The part.
+    pub part: HeldPart,
+    /// The coordinator group that decides it.
+    pub coordinator: GroupId,
+    /// When the leader proposed its prepare, by that leader's clock.
+    pub since: Millis,
+}
+
+/// How much a shard holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShardCounts {
+    /// Parts that voted YES and wait for their outcome.
+    pub in_doubt: u32,
+    /// Parts in line.
+    pub waiting: u32,
+    /// Rows that are held.
+    pub held_rows: u32,
+    /// When the oldest part in doubt was proposed.
+    pub oldest: Option<Millis>,
+}
+
+/// The state machine of a shard.
+#[derive(Clone, Debug)]
+pub struct Shard {
+    config: ShardConfig,
+    peers: BTreeMap<GroupId, Peer>,
+    parts: BTreeMap<(GroupId, BatchId), Held>,
+    /// The same parts by number: every part is in both.
+    tickets: BTreeMap<Ticket, BatchId>,
+    /// Rows that somebody holds or waits for.
+    locks: BTreeMap<RowKey, RowLock>,
+}
+
+impl Machine for Shard {
+    type Reply = ShardReply;
+    type Config = ShardConfig;
+
+    fn open(config: &ShardConfig, store: &dyn Store) -> Result<Shard, StoreError> {
+        if let Some(bytes) = store.get(&[CONFIG_TABLE])? {
+            let stored: Placement = decode("placement", &bytes)?;
+            if stored != config.placement {
+                return Err(StoreError(format!(
+                    "this shard was set up as one of {} shards and is now configured as one of {}: the number can't change",
+                    stored.shards, config.placement.shards
+                )));
+            }
+        }
+        let mut shard = Shard {
+            config: *config,
+            peers: BTreeMap::new(),
+            parts: BTreeMap::new(),
+            tickets: BTreeMap::new(),
+            locks: BTreeMap::new(),
+        };
+        shard.load_peers(store)?;
+        shard.load_parts(store)?;
+        Ok(shard)
+    }
+
+    fn apply(
+        &mut self,
+        store: &mut dyn Store,
+        _index: u64,
+        command: &[u8],
+    ) -> Result<ShardReply, StoreError> {
+        let entry: ShardEntry = decode("shard entry", command)?;
+        if store.get(&[CONFIG_TABLE])?.is_none() {
+            store.put(&[CONFIG_TABLE], &encode(&self.config.placement))?;
+        }
+        let mut reply = ShardReply::default();
+        for message in entry.messages {
+            self.take(store, entry.now, message, &mut reply)?;
+        }
+        Ok(reply)
+    }
+}
+
+impl Shard {
+    /// Which shard this is.
+    pub fn id(&self) -> ShardId {
+        self.config.shard
+    }
+
+    /// How much is held.
+    pub fn counts(&self) -> ShardCounts {
+        let mut counts = ShardCounts::default();
+        for held in self.parts.values() {
+            match held.stand {
+                Stand::Yes => {
+                    counts.in_doubt += 1;
+                    let oldest = counts.oldest.unwrap_or(held.since);
+                    counts.oldest = Some(oldest.min(held.since));
+                }
+                Stand::Waiting => counts.waiting += 1,
+                Stand::No(_) => {}
+            }
+        }
+        counts.held_rows = self.locks.values().filter(|lock| lock.is_held()).count() as u32;
+        counts
+    }
+
+    /// All parts that are held, by coordinator and number.
+    pub fn held(&self) -> impl Iterator<Item = HeldSince> + '_ {
+        self.tickets.iter().map(|(ticket, id)| {
+            let held = &self.parts[&(ticket.coordinator, *id)];
+            HeldSince { part: listed(*id, held), coordinator: ticket.coordinator, since: held.since }
+        })
+    }
+
+    /// The epoch that is recorded for a coordinator.
+    pub fn epoch(&self, coordinator: GroupId) -> Epoch {
+        self.peers.get(&coordinator).map(|peer| peer.epoch).unwrap_or_default()
+    }
+
+    /// Answers a read from what has been applied, or `None`: a part that it has to wait for is still held.
+    ///
+    /// The caller has confirmed that this replica leads, and has applied all that was committed before the read came.
+    pub fn read(
+        &self,
+        store: &dyn Store,
+        coordinator: GroupId,
+        read: &ShardRead,
+    ) -> Result<Option<ShardReadAnswer>, StoreError> {
+        if read.wait_for.iter().any(|id| self.parts.contains_key(&(coordinator, *id))) {
+            return Ok(None);
+        }
+        let single;
+        let rows = match &read.query {
+            ShardQuery::Rows(rows) => rows.as_slice(),
+            ShardQuery::History { row, .. } => {
+                single = [row.clone()];
+                &single
+            }
+        };
+        if !read.known {
+            let in_doubt: BTreeSet<BatchId> = rows
+                .iter()
+                .filter_map(|row| self.locks.get(row))
+                .flat_map(|lock| lock.writers())
+                .map(|ticket| self.tickets[&ticket])
+                .collect();
+            if !in_doubt.is_empty() {
+                return Ok(Some(ShardReadAnswer::InDoubt(in_doubt.into_iter().collect())));
+            }
+        }
+        Ok(Some(match &read.query {
+            ShardQuery::Rows(rows) => {
+                let values = rows.iter().map(|row| rows::at(store, row, read.position));
+                ShardReadAnswer::Rows(values.collect::<Result<_, _>>()?)
+            }
+            ShardQuery::History { row, from, limit } => {
+                let (changes, next) = rows::history(store, row, *from, read.position, *limit)?;
+                ShardReadAnswer::History { changes, next }
+            }
+        }))
+    }
+
+    fn take(
+        &mut self,
+        store: &mut dyn Store,
+        now: Millis,
+        message: ToShard,
+        reply: &mut ShardReply,
+    ) -> Result<(), StoreError> {
+        let coordinator = message.coordinator;
+        self.raise_mark(store, coordinator, message.mark, reply)?;
+        if message.greet {
+            let greeting = self.greet(store, coordinator, message.epoch)?;
+            reply.to(coordinator).greeting = Some(greeting);
+        }
+        for outcome in message.outcomes {
+            let done = self.finish(store, coordinator, outcome, reply)?;
+            reply.to(coordinator).done.push(done);
+        }
+        for prepare in message.prepares {
+            let (id, number) = (prepare.id, prepare.number);
+            let kind = self.prepare(store, now, coordinator, prepare, reply)?;
+            reply.to(coordinator).votes.push(Vote { id, number, kind });
+        }
+        Ok(())
+    }
+
+    /// Forgets finished numbers up to the mark.
+    fn raise_mark(
+        &mut self,
+        store: &mut dyn Store,
+        coordinator: GroupId,
+        mark: Number,
+        reply: &mut ShardReply,
+    ) -> Result<(), StoreError> {
+        let peer = self.peers.entry(coordinator).or_default();
+        if mark <= peer.mark {
+            return Ok(());
+        }
+        let up_to_mark = ..=Ticket { number: mark, coordinator: GroupId(u32::MAX) };
+        let mut held = self.tickets.range(up_to_mark);
+        if let Some((ticket, id)) = held.find(|(ticket, _)| ticket.coordinator == coordinator) {
+            reply.alarms.push(format!(
+                "coordinator {coordinator} says that all numbers up to {mark} are finished, but batch {id} is held under {}: \
+                 the mark is ignored",
+                ticket.number
+            ));
+            return Ok(());
+        }
+        let above = peer.finished.split_off(&Number { epoch: mark.epoch, sequence: mark.sequence + 1 });
+        for number in std::mem::replace(&mut peer.finished, above) {
+            store.delete(&finished_key(coordinator, number))?;
+        }
+        peer.mark = mark;
+        store.put(&peer_key(coordinator), &encode(&(peer.epoch, peer.mark)))
+    }
+
+    /// Rule R11: the epoch is recorded before anything is listed.
+    fn greet(
+        &mut self,
+        store: &mut dyn Store,
+        coordinator: GroupId,
+        epoch: Epoch,
+    ) -> Result<Greeting, StoreError> {
+        let peer = self.peers.entry(coordinator).or_default();
+        if epoch > peer.epoch {
+            peer.epoch = epoch;
+            store.put(&peer_key(coordinator), &encode(&(peer.epoch, peer.mark)))?;
+        }
+        let recorded = peer.epoch;
+        let mine = self.parts.iter().filter(|((group, _), _)| *group == coordinator);
+        let parts = mine.map(|((_, id), held)| listed(*id, held)).collect();
+        Ok(Greeting { epoch: recorded, parts: if recorded == epoch { parts } else { Vec::new() } })
+    }
+
+    fn prepare(
+        &mut self,
+        store: &mut dyn Store,
+        now: Millis,
+        coordinator: GroupId,
+        prepare: Prepare,
+        reply: &mut ShardReply,
+    ) -> Result<VoteKind, StoreError> {
+        let number = prepare.number;
+        let peer = self.peers.entry(coordinator).or_default();
+        if number.epoch != peer.epoch {
+            return Ok(VoteKind::OldEpoch);
+        }
+        if peer.is_finished(number) {
+            return Ok(VoteKind::Finished);
+        }
+        if let Some(held) = self.parts.get(&(coordinator, prepare.id)) {
+            if held.number == number {
+                return Ok(held.vote());
+            }
+            if held.number.epoch != number.epoch || held.hash != prepare.hash {
+                return Ok(VoteKind::Held);
+            }
+            if held.number > number {
+                return Ok(VoteKind::Finished);
+            }
+            // The coordinator has given up the earlier try; votes count only under one number.
+            self.remove(store, coordinator, prepare.id, reply)?;
+        }
+        for given_up in prepare.gives_up {
+            self.forget(store, coordinator, given_up)?;
+        }
+        if self.parts.len() >= self.config.parts_max as usize {
+            return Ok(VoteKind::Overloaded);
+        }
+        let held = Held {
+            number,
+            hash: prepare.hash,
+            shards: prepare.shards,
+            operations: prepare.operations,
+            stand: Stand::Waiting,
+            since: now,
+        };
+        let rows = evaluate::by_row(&held.operations);
+        let ticket = Ticket { number, coordinator };
+        let stand = match self.judge(store, ticket, &rows)? {
+            Verdict::Conflict => return Ok(VoteKind::Conflict),
+            Verdict::Waits => Stand::Waiting,
+            Verdict::Yes => Stand::Yes,
+            Verdict::No(abort) => Stand::No(abort),
+        };
+        self.stand_in_line(ticket, &rows, &stand);
+        drop(rows);
+        let held = Held { stand, ..held };
+        let vote = held.vote();
+        store.put(&part_key(coordinator, prepare.id), &encode(&held))?;
+        self.tickets.insert(ticket, prepare.id);
+        self.parts.insert((coordinator, prepare.id), held);
+        Ok(vote)
+    }
+
+    fn finish(
+        &mut self,
+        store: &mut dyn Store,
+        coordinator: GroupId,
+        outcome: PartOutcome,
+        reply: &mut ShardReply,
+    ) -> Result<Done, StoreError> {
+        let PartOutcome { id, number, commit, gives_up } = outcome;
+        let known = self.peers.entry(coordinator).or_default().is_finished(number);
+        let held = self.parts.get(&(coordinator, id));
+        let ends = held.is_some_and(|held| held.number == number || gives_up.contains(&held.number));
+        let mut lost = false;
+        match (commit, held) {
+            (Some(stamp), Some(held)) if held.number == number => {
+                assert!(
+                    held.stand == Stand::Yes,
+                    "batch {id} is committed under {number}, for which this shard did not vote YES"
+                );
+                let operations = held.operations.clone();
+                self.carry_out(store, id, stamp, &operations)?;
+            }
+            // A part under another number than the committed one, or none at all: fine if this outcome has been here before.
+            (Some(_), _) => lost = !known,
+            (None, _) => {}
+        }
+        if lost {
+            reply.alarms.push(format!(
+                "batch {id} is committed under {number}, but this shard holds no such part and has not finished it"
+            ));
+            return Ok(Done { id, number, lost });
+        }
+        if ends {
+            self.remove(store, coordinator, id, reply)?;
+        }
+        for ended in gives_up.into_iter().chain([number]) {
+            self.forget(store, coordinator, ended)?;
+        }
+        Ok(Done { id, number, lost })
+    }
+
+    /// The effects of a committed part, at its stamp.
+    fn carry_out(
+        &mut self,
+        store: &mut dyn Store,
+        id: BatchId,
+        stamp: Stamp,
+        operations: &Part,
+    ) -> Result<(), StoreError> {
+        for (row, operations) in evaluate::by_row(operations) {
+            let claim = evaluate::claim(&operations);
+            if !claim.writes {
+                continue;
+            }
+            if claim.mode == Mode::Add {
+                rows::add(store, row, id, stamp, claim.delta)?;
+                continue;
+            }
+            let before = rows::settled(store, row)?;
+            let after = evaluate::run(&operations, &before)
+                .unwrap_or_else(|abort| panic!("batch {id} was granted row {row:?} and now fails: {abort:?}"));
+            match (&before.value, &after) {
+                (RowValue::Absent, RowValue::Balance(sum)) => rows::add(store, row, id, stamp, *sum)?,
+                (RowValue::Balance(old), RowValue::Balance(new)) => {
+                    let delta = new.checked_sub(*old).expect("deltas on a row add up to 128 bits");
+                    rows::add(store, row, id, stamp, delta)?;
+                }
+                _ => rows::replace(store, row, id, stamp, after)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a part can be granted now, for all its rows together.
+    fn judge(&self, store: &dyn Store, ticket: Ticket, rows: &ByRow<'_>) -> Result<Verdict, StoreError> {
+        let mut verdict = Verdict::Yes;
+        let free = RowLock::default();
+        for (row, operations) in rows {
+            let claim = evaluate::claim(operations);
+            let lock = self.locks.get(*row).unwrap_or(&free);
+            let one = match lock.admits(ticket, &claim) {
+                Answer::Conflict => Verdict::Conflict,
+                Answer::Waits => Verdict::Waits,
+                Answer::Granted => judge_row(store, ticket, row, operations, &claim, lock)?,
+                Answer::TooLow | Answer::TooHigh => unreachable!("being admitted isn't about amounts"),
+            };
+            verdict = verdict.and(one);
+        }
+        Ok(verdict)
+    }
+
+    /// Enters a part into the lines of its rows, as a holder or as one who waits.
+    fn stand_in_line(&mut self, ticket: Ticket, rows: &ByRow<'_>, stand: &Stand) {
+        for (row, operations) in rows {
+            let claim = evaluate::claim(operations);
+            match stand {
+                Stand::Yes => self.locks.entry((*row).clone()).or_default().hold(ticket, claim),
+                Stand::Waiting => self.locks.entry((*row).clone()).or_default().wait(ticket, claim),
+                Stand::No(_) => {}
+            }
+        }
+    }
+
+    /// Takes a part out, and lets in who waited for it.
+    fn remove(
+        &mut self,
+        store: &mut dyn Store,
+        coordinator: GroupId,
+        id: BatchId,
+        reply: &mut ShardReply,
+    ) -> Result<(), StoreError> {
+        let held = self.parts.remove(&(coordinator, id)).expect("only held parts are removed");
+        let ticket = Ticket { number: held.number, coordinator };
+        self.tickets.remove(&ticket);
+        store.delete(&part_key(coordinator, id))?;
+        self.forget(store, coordinator, held.number)?;
+        let mut candidates = BTreeSet::new();
+        self.leave_line(ticket, &held.operations, &mut candidates);
+        while let Some(candidate) = candidates.pop_first() {
+            self.reconsider(store, candidate, &mut candidates, reply)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a ticket out of the lines of its rows, and collects who stands behind it.
+    fn leave_line(&mut self, ticket: Ticket, operations: &Part, behind: &mut BTreeSet<Ticket>) {
+        for (_, operation) in operations {
+            let Some(lock) = self.locks.get_mut(&operation.row) else { continue };
+            lock.remove(ticket);
+            behind.extend(lock.waiting());
+            if lock.is_free() {
+                self.locks.remove(&operation.row);
+            }
+        }
+    }
+
+    /// Looks again at a part that waits.
+    fn reconsider(
+        &mut self,
+        store: &mut dyn Store,
+        ticket: Ticket,
+        candidates: &mut BTreeSet<Ticket>,
+        reply: &mut ShardReply,
+    ) -> Result<(), StoreError> {
+        let id = self.tickets[&ticket];
+        let key = (ticket.coordinator, id);
+        let operations = self.parts[&key].operations.clone();
+        let rows = evaluate::by_row(&operations);
+        let verdict = self.judge(store, ticket, &rows)?;
+        let mut vote = |kind| {
+            let vote = Vote { id, number: ticket.number, kind };
+            reply.to(ticket.coordinator).votes.push(vote);
+        };
+        let stand = match verdict {
+            Verdict::Waits => return Ok(()),
+            Verdict::Yes => Stand::Yes,
+            Verdict::No(abort) => Stand::No(abort),
+            Verdict::Conflict => {
+                vote(VoteKind::Conflict);
+                self.parts.remove(&key);
+                self.tickets.remove(&ticket);
+                self.leave_line(ticket, &operations, candidates);
+                return store.delete(&part_key(ticket.coordinator, id));
+            }
+        };
+        self.leave_line(ticket, &operations, candidates);
+        self.stand_in_line(ticket, &rows, &stand);
+        let held = self.parts.get_mut(&key).expect("who waits is held");
+        held.stand = stand;
+        vote(held.vote());
+        store.put(&part_key(ticket.coordinator, id), &encode(held))
+    }
+
+    /// Notes a number as finished: whatever comes with it is refused.
+    fn forget(
+        &mut self,
+        store: &mut dyn Store,
+        coordinator: GroupId,
+        number: Number,
+    ) -> Result<(), StoreError> {
+        let peer = self.peers.entry(coordinator).or_default();
+        if number > peer.mark && peer.finished.insert(number) {
+            store.put(&finished_key(coordinator, number), &[])?;
+        }
+        Ok(())
+    }
+
+    fn load_peers(&mut self, store: &dyn Store) -> Result<(), StoreError> {
+        let mut failed = None;
+        store.scan(&[PEER_TABLE], &[PEER_TABLE + 1], &mut |key, bytes| {
+            match decode::<(Epoch, Number)>("peer", bytes) {
+                Err(error) => failed = Some(error),
+                Ok((epoch, mark)) => {
+                    let peer = Peer { epoch, mark, finished: BTreeSet::new() };
+                    self.peers.insert(group_of(key), peer);
+                }
+            }
+            failed.is_none()
+        })?;
+        store.scan(&[FINISHED_TABLE], &[FINISHED_TABLE + 1], &mut |key, _| {
+            let word = |from: usize| u64::from_be_bytes(key[from..from + 8].try_into().expect("eight bytes"));
+            let number = Number { epoch: Epoch(word(5)), sequence: word(13) };
+            self.peers.entry(group_of(key)).or_default().finished.insert(number);
+            true
+        })?;
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn load_parts(&mut self, store: &dyn Store) -> Result<(), StoreError> {
+        let mut failed = None;
+        store.scan(&[PART_TABLE], &[PART_TABLE + 1], &mut |key, bytes| {
+            match decode::<Held>("part", bytes) {
+                Err(error) => failed = Some(error),
+                Ok(held) => {
+                    let id = BatchId(key[5..21].try_into().expect("a part's key ends with its batch"));
+                    let coordinator = group_of(key);
+                    let ticket = Ticket { number: held.number, coordinator };
+                    self.stand_in_line(ticket, &evaluate::by_row(&held.operations), &held.stand);
+                    self.tickets.insert(ticket, id);
+                    self.parts.insert((coordinator, id), held);
+                }
+            }
+            failed.is_none()
+        })?;
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+/// What becomes of a part.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Yes,
+    Waits,
+    Conflict,
+    No(crate::messages::Abort),
+}
+
+impl Verdict {
+    /// The verdict on two rows together: a certain NO stands whatever the other row does; the first one is told.
+    fn and(self, other: Verdict) -> Verdict {
+        match (self, other) {
+            (Verdict::No(one), Verdict::No(other)) => {
+                Verdict::No(if other.operation < one.operation { other } else { one })
+            }
+            (Verdict::No(abort), _) | (_, Verdict::No(abort)) => Verdict::No(abort),
+            (Verdict::Conflict, _) | (_, Verdict::Conflict) => Verdict::Conflict,
+            (Verdict::Waits, _) | (_, Verdict::Waits) => Verdict::Waits,
+            (Verdict::Yes, Verdict::Yes) => Verdict::Yes,
+        }
+    }
+}
+
+fn judge_row(
+    store: &dyn Store,
+    ticket: Ticket,
+    row: &RowKey,
+    operations: &[(u32, &crate::batch::OperationKind)],
+    claim: &Claim,
+    lock: &RowLock,
+) -> Result<Verdict, StoreError> {
+    let settled = rows::settled(store, row)?;
+    if claim.mode != Mode::Add {
+        return Ok(match evaluate::run(operations, &settled) {
+            Ok(_) => Verdict::Yes,
+            Err(abort) => Verdict::No(abort),
+        });
+    }
+    let balance = match settled.value {
+        RowValue::Absent => 0,
+        RowValue::Balance(balance) => balance,
+        RowValue::Record(_) => return Ok(Verdict::No(evaluate::wrong_kind(operations, &settled))),
+    };
+    Ok(match lock.fits(ticket, claim, balance) {
+        Answer::Granted => Verdict::Yes,
+        Answer::Waits => Verdict::Waits,
+        Answer::Conflict => Verdict::Conflict,
+        Answer::TooLow => Verdict::No(evaluate::too_low(operations, lock.best(ticket, balance), balance)),
+        Answer::TooHigh => Verdict::No(evaluate::too_high(operations, lock.least(ticket, balance), balance)),
+    })
+}
+
+fn listed(id: BatchId, held: &Held) -> HeldPart {
+    HeldPart { number: held.number, id, hash: held.hash, shards: held.shards.clone(), vote: held.vote() }
+}
+
+fn part_key(coordinator: GroupId, id: BatchId) -> Vec<u8> {
+    [&[PART_TABLE], coordinator.0.to_be_bytes().as_slice(), &id.0].concat()
+}
+
+fn peer_key(coordinator: GroupId) -> Vec<u8> {
+    [&[PEER_TABLE], coordinator.0.to_be_bytes().as_slice()].concat()
+}
+
+fn finished_key(coordinator: GroupId, number: Number) -> Vec<u8> {
+    let (epoch, sequence) = (number.epoch.0.to_be_bytes(), number.sequence.to_be_bytes());
+    [&[FINISHED_TABLE], coordinator.0.to_be_bytes().as_slice(), &epoch, &sequence].concat()
+}
+
+fn group_of(key: &[u8]) -> GroupId {
+    GroupId(u32::from_be_bytes(key[1..5].try_into().expect("the coordinator group follows the table")))
+}

@@ -1,0 +1,909 @@
+//! What the leader of the coordinator group keeps in memory: `step(event) -> effects`.
+//!
+//! A leader lives for one epoch. It starts from what the opening entry answered ([`Opened`]), greets every shard, recovers what the
+//! epochs before left undecided, and settles new batches on the shards that have answered. When the epoch ends it is dropped, with
+//! all that it kept: nothing here has to survive.
+//!
+//! Invariants:
+//! - A batch is started only when all its participants have answered the greeting, and none of them listed it (rule R12).
+//! - Commit is proposed only when all participants voted YES under one and the same number (R4), abort at any time before.
+//! - An outcome is told, to shards and callers, only after the log has answered which decision stands (R1, R9).
+//! - Only an explicit `done` ends a participant's part (R2); until then the outcome is sent again.
+//! - The mark of a shard lies below every number that may still be unfinished there (R4).
+//! - Every stamp is greater than every stamp and every read position given before.
+
+mod reads;
+mod recovery;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    batch::{Batch, Part, Placement, RowKey},
+    coordinator::{Act, Opened, STAMP_BLOCK, cancelled_number},
+    ids::{BatchId, ContentHash, Epoch, GroupId, Millis, Number, ShardId, Stamp},
+    messages::{
+        Abort, AbortReason, Decision, Done, FromShard, PartOutcome, Prepare, RowAt, RowChange, ShardRead,
+        ShardReadAnswer, ToShard, Vote, VoteKind,
+    },
+};
+
+use self::reads::Reading;
+
+/// Settings of a leader. Times are in milliseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct LeaderConfig {
+    /// The coordinator group.
+    pub group: GroupId,
+    /// Where partitions live.
+    pub placement: Placement,
+    /// Batches in memory, decided ones that are not finished included; more are refused.
+    pub batches_max: usize,
+    /// Reads in memory; more are refused.
+    pub reads_max: usize,
+    /// How long a batch may take if it doesn't say.
+    pub timeout_default_ms: u64,
+    /// The longest that it may ask for.
+    pub timeout_max_ms: u64,
+    /// After this time without an answer a message is sent again.
+    pub resend_ms: u64,
+    /// How long recovery waits for a participant that can't be reached before it decides abort.
+    pub patience_ms: u64,
+    /// How long a decision is remembered at least. Older ids are refused.
+    pub retention_ms: u64,
+    /// How far an id's time may lie in the future of the leader's clock.
+    pub future_max_ms: u64,
+    /// How long a read may take.
+    pub read_timeout_ms: u64,
+}
+
+impl LeaderConfig {
+    /// The defaults for a number of shards.
+    pub fn new(placement: Placement) -> LeaderConfig {
+        LeaderConfig {
+            group: GroupId::COORDINATOR,
+            placement,
+            batches_max: 100_000,
+            reads_max: 10_000,
+            timeout_default_ms: 10_000,
+            timeout_max_ms: 60_000,
+            resend_ms: 500,
+            patience_ms: 1_500,
+            retention_ms: 24 * 3_600_000,
+            future_max_ms: 10 * 60_000,
+            read_timeout_ms: 5_000,
+        }
+    }
+}
+
+/// Names a caller who waits for a reply; given by the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Token(pub u64);
+
+/// What happens to a leader.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Time has passed. The clock may jump: only waiting depends on it.
+    Tick {
+        /// The driver's clock.
+        now: Millis,
+    },
+    /// A caller submits a batch that has passed [`Batch::check`].
+    Submit {
+        /// The caller.
+        token: Token,
+        /// The batch.
+        batch: Batch,
+        /// Its hash.
+        hash: ContentHash,
+    },
+    /// A caller asks for an outcome. The driver has confirmed leadership after the question came (rule R7).
+    Query {
+        /// The caller.
+        token: Token,
+        /// The batch.
+        id: BatchId,
+        /// Answer only when it is decided.
+        wait: bool,
+        /// Decide abort if there is no trace of it.
+        abort_if_not_seen: bool,
+    },
+    /// A caller reads rows.
+    Read {
+        /// The caller.
+        token: Token,
+        /// The rows.
+        rows: Vec<RowKey>,
+    },
+    /// A caller reads the history of a row.
+    History {
+        /// The caller.
+        token: Token,
+        /// The row.
+        row: RowKey,
+        /// The first stamp.
+        from: Stamp,
+        /// How many changes.
+        limit: usize,
+    },
+    /// Leadership was confirmed after [`Effects::confirm`] had asked for it with this number.
+    Confirmed {
+        /// The number.
+        asked: u64,
+    },
+    /// A message of a shard.
+    FromShard {
+        /// The shard.
+        shard: ShardId,
+        /// What it says.
+        message: FromShard,
+    },
+    /// A shard's answer to a read.
+    ReadAnswered {
+        /// The shard.
+        shard: ShardId,
+        /// The request that it answers.
+        request: u64,
+        /// The answer.
+        answer: ShardReadAnswer,
+    },
+    /// A shard can be reached again, perhaps under another leader: what was sent may be lost.
+    Reconnected {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// An entry that this leader proposed was applied.
+    Applied {
+        /// For each of its decisions the one that stands.
+        decisions: Vec<Decision>,
+        /// The ceiling of stamps.
+        ceiling: Stamp,
+        /// The horizon.
+        horizon: Millis,
+    },
+}
+
+/// What a leader wants done. The driver first hands [`Effects::act`] to the log; the rest doesn't depend on it, for what does is
+/// an effect of the [`Event::Applied`] that follows.
+#[derive(Clone, Debug, Default)]
+pub struct Effects {
+    /// To be recorded in the coordinator's log.
+    pub act: Act,
+    /// One message for each shard that there is something to say to.
+    pub to_shards: BTreeMap<ShardId, ToShard>,
+    /// Reads of shards, with their request numbers.
+    pub reads: Vec<(ShardId, u64, ShardRead)>,
+    /// Replies to callers.
+    pub replies: Vec<(Token, Reply)>,
+    /// Set: confirm leadership, then say so with this number.
+    pub confirm: Option<u64>,
+    /// Set: this leader has been deposed, and why it knows.
+    pub step_down: Option<String>,
+    /// Things that must not be, for people.
+    pub alarms: Vec<String>,
+}
+
+/// What a caller is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// The batch is decided.
+    Decided(Decision),
+    /// The batch is being prepared or decided.
+    InProgress,
+    /// There is no trace of the batch, anywhere.
+    NotSeen,
+    /// Nothing was decided.
+    Refused(Refusal),
+    /// The values of rows at a position, in the order of the question.
+    Rows {
+        /// The position.
+        position: Stamp,
+        /// The values.
+        rows: Vec<RowAt>,
+    },
+    /// A part of the history of a row.
+    History {
+        /// Up to here it is complete.
+        position: Stamp,
+        /// The changes.
+        changes: Vec<RowChange>,
+        /// Where it goes on.
+        next: Option<Stamp>,
+    },
+}
+
+/// Why nothing was decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The id is known with other contents.
+    DifferentContents,
+    /// The id is at or before the horizon.
+    TooOld {
+        /// The horizon.
+        horizon: Millis,
+    },
+    /// The id's time is too far ahead.
+    FromTheFuture {
+        /// The leader's clock.
+        now: Millis,
+    },
+    /// Too much is in flight.
+    Overloaded,
+    /// These shards could not be reached in time; nothing was sent to any.
+    Unavailable {
+        /// The shards.
+        shards: Vec<ShardId>,
+    },
+}
+
+/// Looks up recorded decisions: all that were applied before the step.
+pub trait Decisions {
+    /// The decision of an id, if one is remembered.
+    fn decision(&self, id: BatchId) -> Option<Decision>;
+}
+
+/// A batch that the leader has to do with.
+#[derive(Clone, Debug)]
+struct Flight {
+    /// None: cancelled unseen.
+    hash: Option<ContentHash>,
+    shards: Vec<ShardId>,
+    waiters: Vec<Token>,
+    stage: Stage,
+    /// What shards listed in their greetings: the number, and whether it is a YES.
+    listed: BTreeMap<ShardId, (Number, bool)>,
+    /// Numbers of this epoch under which it was tried.
+    tries: Vec<Number>,
+}
+
+#[derive(Clone, Debug)]
+enum Stage {
+    /// Waits for participants to answer the greeting. Nothing was sent.
+    Parked(Pending),
+    /// Prepares are out.
+    Preparing { pending: Pending, number: Number, votes: BTreeMap<ShardId, Heard>, retry_at: Option<Millis> },
+    /// Left over by an earlier epoch.
+    Recovering { since: Millis, mixed: bool },
+    /// A decision is on its way into the log; with a stamp if it is commit and one could be given.
+    Deciding { number: Number, commit: bool, stamp: Option<Stamp> },
+    /// Decided; these shards have not confirmed it.
+    Telling { decision: Decision, missing: BTreeMap<ShardId, Number> },
+}
+
+/// What is needed to start a batch, and to start it again.
+#[derive(Clone, Debug)]
+struct Pending {
+    parts: BTreeMap<ShardId, Part>,
+    deadline: Millis,
+}
+
+/// What a participant said under the present number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    Yes,
+    Waiting,
+}
+
+/// What the leader knows of a shard.
+#[derive(Clone, Debug, Default)]
+struct ShardView {
+    greeted: bool,
+    greeted_at: Millis,
+    /// Numbers that may be unfinished there, with their batches and the time of the last message about them.
+    outstanding: BTreeMap<Number, (BatchId, Millis)>,
+}
+
+/// The leader of one epoch.
+#[derive(Clone, Debug)]
+pub struct Leader {
+    config: LeaderConfig,
+    epoch: Epoch,
+    now: Millis,
+    horizon: Millis,
+    horizon_asked_at: Millis,
+    last_sequence: u64,
+    last_stamp: Stamp,
+    ceiling: Stamp,
+    ceiling_asked: Stamp,
+    flights: BTreeMap<BatchId, Flight>,
+    shards: BTreeMap<ShardId, ShardView>,
+    /// Parts of ids that are or will be decided otherwise, to be aborted one by one.
+    strays: BTreeMap<(ShardId, Number), BatchId>,
+    parked: BTreeSet<BatchId>,
+    recovering: BTreeSet<BatchId>,
+    deadlines: BTreeSet<(Millis, BatchId)>,
+    retries: BTreeSet<(Millis, BatchId)>,
+    /// Batches that commit as soon as the ceiling is raised, in order.
+    without_stamp: Vec<BatchId>,
+    readings: BTreeMap<u64, Reading>,
+    last_request: u64,
+    resent_at: Millis,
+}
+
+impl Leader {
+    /// Starts the epoch: greets every shard.
+    pub fn open(config: LeaderConfig, opened: Opened, now: Millis) -> (Leader, Effects) {
+        let mut leader = Leader {
+            config,
+            epoch: opened.epoch,
+            now,
+            horizon: opened.horizon,
+            horizon_asked_at: now,
+            last_sequence: 0,
+            last_stamp: opened.floor,
+            ceiling: opened.ceiling,
+            ceiling_asked: opened.ceiling,
+            flights: BTreeMap::new(),
+            shards: config.placement.all().map(|shard| (shard, ShardView::default())).collect(),
+            strays: BTreeMap::new(),
+            parked: BTreeSet::new(),
+            recovering: BTreeSet::new(),
+            deadlines: BTreeSet::new(),
+            retries: BTreeSet::new(),
+            without_stamp: Vec::new(),
+            readings: BTreeMap::new(),
+            last_request: 0,
+            resent_at: now,
+        };
+        let mut effects = Effects::default();
+        for decision in opened.unfinished {
+            leader.adopt_decision(decision);
+        }
+        for shard in config.placement.all() {
+            leader.greet(shard, &mut effects);
+        }
+        leader.seal(&mut effects);
+        (leader, effects)
+    }
+
+    /// The epoch.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Batches in memory.
+    pub fn in_flight(&self) -> usize {
+        self.flights.len()
+    }
+
+    /// Whether every shard has answered the greeting and nothing of earlier epochs is undecided.
+    pub fn is_recovered(&self) -> bool {
+        self.recovering.is_empty() && self.shards.values().all(|view| view.greeted)
+    }
+
+    /// Takes one event. Effects pile up in `effects` over as many events as the driver has; [`Leader::seal`] ends the pile.
+    pub fn step(&mut self, event: Event, decisions: &dyn Decisions, effects: &mut Effects) {
+        match event {
+            Event::Tick { now } => self.tick(now, effects),
+            Event::Submit { token, batch, hash } => self.submit(token, batch, hash, decisions, effects),
+            Event::Query { token, id, wait, abort_if_not_seen } => {
+                self.query(token, id, wait, abort_if_not_seen, decisions, effects);
+            }
+            Event::Read { token, rows } => self.read(token, rows, effects),
+            Event::History { token, row, from, limit } => self.history(token, row, from, limit, effects),
+            Event::Confirmed { asked } => self.confirmed(asked, effects),
+            Event::FromShard { shard, message } => self.from_shard(shard, message, decisions, effects),
+            Event::ReadAnswered { shard, request, answer } => {
+                self.read_answered(shard, request, answer, decisions, effects);
+            }
+            Event::Reconnected { shard } => self.resend(shard, Millis(u64::MAX), effects),
+            Event::Applied { decisions, ceiling, horizon } => {
+                self.applied(decisions, ceiling, horizon, effects);
+            }
+        }
+    }
+
+    /// Completes what goes out: the epoch, and the marks as they are now.
+    pub fn seal(&mut self, effects: &mut Effects) {
+        effects.act.epoch = self.epoch;
+        for (shard, message) in &mut effects.to_shards {
+            message.coordinator = self.config.group;
+            message.epoch = self.epoch;
+            message.mark = self.mark(*shard);
+        }
+    }
+
+    /// Up to which number all are finished at a shard.
+    fn mark(&self, shard: ShardId) -> Number {
+        let view = &self.shards[&shard];
+        if !view.greeted {
+            return Number::default();
+        }
+        match view.outstanding.keys().next() {
+            None => Number { epoch: self.epoch, sequence: self.last_sequence },
+            Some(first) => Number { epoch: first.epoch, sequence: first.sequence.saturating_sub(1) },
+        }
+    }
+
+    fn submit(
+        &mut self,
+        token: Token,
+        batch: Batch,
+        hash: ContentHash,
+        decisions: &dyn Decisions,
+        effects: &mut Effects,
+    ) {
+        let id = batch.id;
+        let refuse =
+            |effects: &mut Effects, refusal| effects.replies.push((token, Reply::Refused(refusal)));
+        if let Some(flight) = self.flights.get_mut(&id) {
+            if flight.hash.is_some_and(|known| known != hash) {
+                return refuse(effects, Refusal::DifferentContents);
+            }
+            match &flight.stage {
+                Stage::Telling { decision, .. } => {
+                    effects.replies.push((token, Reply::Decided(decision.clone())));
+                }
+                _ => flight.waiters.push(token),
+            }
+            return;
+        }
+        if let Some(decision) = decisions.decision(id) {
+            if decision.hash.is_some_and(|known| known != hash) {
+                return refuse(effects, Refusal::DifferentContents);
+            }
+            effects.replies.push((token, Reply::Decided(decision)));
+            return;
+        }
+        if id.time() <= self.horizon {
+            return refuse(effects, Refusal::TooOld { horizon: self.horizon });
+        }
+        if id.time().0 > self.now.0 + self.config.future_max_ms {
+            return refuse(effects, Refusal::FromTheFuture { now: self.now });
+        }
+        if self.flights.len() >= self.config.batches_max {
+            return refuse(effects, Refusal::Overloaded);
+        }
+        let wanted = match batch.timeout_ms {
+            0 => self.config.timeout_default_ms,
+            wanted => u64::from(wanted).min(self.config.timeout_max_ms),
+        };
+        let deadline = Millis(self.now.0 + wanted);
+        let parts = batch.split(self.config.placement);
+        self.deadlines.insert((deadline, id));
+        self.parked.insert(id);
+        let flight = Flight {
+            hash: Some(hash),
+            shards: parts.keys().copied().collect(),
+            waiters: vec![token],
+            stage: Stage::Parked(Pending { parts, deadline }),
+            listed: BTreeMap::new(),
+            tries: Vec::new(),
+        };
+        self.flights.insert(id, flight);
+        self.start_if_greeted(id, effects);
+    }
+
+    /// Rule R12: only when all participants have answered the greeting.
+    fn start_if_greeted(&mut self, id: BatchId, effects: &mut Effects) {
+        let flight = self.flights.get_mut(&id).expect("a parked batch is in flight");
+        if !flight.shards.iter().all(|shard| self.shards[shard].greeted) {
+            return;
+        }
+        self.parked.remove(&id);
+        let dummy = Stage::Recovering { since: self.now, mixed: false };
+        let Stage::Parked(pending) = std::mem::replace(&mut flight.stage, dummy) else {
+            unreachable!("only parked batches are started");
+        };
+        self.prepare(id, pending, effects);
+    }
+
+    /// Sends prepares under a new number, which gives up all earlier ones.
+    fn prepare(&mut self, id: BatchId, pending: Pending, effects: &mut Effects) {
+        self.last_sequence += 1;
+        let number = Number { epoch: self.epoch, sequence: self.last_sequence };
+        let flight = self.flights.get_mut(&id).expect("a batch that is prepared is in flight");
+        let gives_up = std::mem::take(&mut flight.tries);
+        for shard in pending.parts.keys() {
+            let view = self.shards.get_mut(shard).expect("the placement names known shards");
+            for given_up in &gives_up {
+                view.outstanding.remove(given_up);
+            }
+            view.outstanding.insert(number, (id, self.now));
+        }
+        flight.tries = gives_up;
+        flight.tries.push(number);
+        flight.stage = Stage::Preparing { pending, number, votes: BTreeMap::new(), retry_at: None };
+        for shard in flight.shards.clone() {
+            self.send_prepare(shard, id, effects);
+        }
+    }
+
+    fn send_prepare(&self, shard: ShardId, id: BatchId, effects: &mut Effects) {
+        let flight = &self.flights[&id];
+        let Stage::Preparing { pending, number, .. } = &flight.stage else { return };
+        let Some(hash) = flight.hash else { return };
+        effects.to_shards.entry(shard).or_default().prepares.push(Prepare {
+            number: *number,
+            id,
+            hash,
+            shards: flight.shards.clone(),
+            gives_up: flight.tries.iter().copied().filter(|tried| tried != number).collect(),
+            operations: pending.parts[&shard].clone(),
+        });
+    }
+
+    fn from_shard(
+        &mut self,
+        shard: ShardId,
+        message: FromShard,
+        decisions: &dyn Decisions,
+        effects: &mut Effects,
+    ) {
+        if !self.shards.contains_key(&shard) {
+            effects.alarms.push(format!("a message came from shard {shard}, which there isn't"));
+            return;
+        }
+        if let Some(greeting) = message.greeting {
+            self.greeted(shard, greeting, decisions, effects);
+        }
+        for vote in message.votes {
+            self.vote(shard, vote, effects);
+        }
+        for done in message.done {
+            self.done(shard, done, effects);
+        }
+        for part in message.asks {
+            self.asked(shard, part, decisions, effects);
+        }
+    }
+
+    /// A vote counts only under the number under which the batch is being prepared now.
+    fn vote(&mut self, shard: ShardId, vote: Vote, effects: &mut Effects) {
+        let id = vote.id;
+        if vote.kind == VoteKind::OldEpoch && vote.number.epoch == self.epoch {
+            effects.step_down = Some(format!("shard {shard} has recorded another epoch than {}", self.epoch));
+            return;
+        }
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        let Stage::Preparing { number, votes, retry_at, pending } = &mut flight.stage else { return };
+        if vote.number != *number || !flight.shards.contains(&shard) {
+            return;
+        }
+        match vote.kind {
+            VoteKind::Yes => {
+                votes.insert(shard, Heard::Yes);
+                let yes = votes.values().filter(|heard| **heard == Heard::Yes).count();
+                if yes == flight.shards.len() {
+                    let number = *number;
+                    self.decide_commit(id, number, effects);
+                }
+            }
+            VoteKind::Waiting => {
+                votes.entry(shard).or_insert(Heard::Waiting);
+            }
+            VoteKind::No(abort) => self.decide_abort(id, abort, effects),
+            VoteKind::Conflict if retry_at.is_none() && self.now < pending.deadline => {
+                let pending = pending.clone();
+                self.prepare(id, pending, effects);
+            }
+            VoteKind::Overloaded | VoteKind::Finished if retry_at.is_none() => {
+                let at = Millis(self.now.0 + self.config.resend_ms / 4);
+                *retry_at = Some(at);
+                self.retries.insert((at, id));
+            }
+            VoteKind::Conflict | VoteKind::Overloaded | VoteKind::Finished | VoteKind::OldEpoch => {}
+            VoteKind::Held => {
+                effects.alarms.push(format!(
+                    "shard {shard} holds another part of batch {id}, which it did not list: the batch is aborted"
+                ));
+                self.decide_abort(id, Abort::because(AbortReason::Interrupted), effects);
+            }
+        }
+    }
+
+    fn decide_commit(&mut self, id: BatchId, number: Number, effects: &mut Effects) {
+        let stamp = self.give_stamp(effects);
+        let flight = self.flights.get_mut(&id).expect("a batch that is decided is in flight");
+        flight.stage = Stage::Deciding { number, commit: true, stamp };
+        self.recovering.remove(&id);
+        match stamp {
+            Some(stamp) => self.propose(id, number, Ok(stamp), effects),
+            None => self.without_stamp.push(id),
+        }
+    }
+
+    /// Always safe before a decision exists.
+    fn decide_abort(&mut self, id: BatchId, abort: Abort, effects: &mut Effects) {
+        let flight = self.flights.get_mut(&id).expect("a batch that is decided is in flight");
+        let number = match &flight.stage {
+            Stage::Preparing { number, .. } => *number,
+            Stage::Deciding { .. } | Stage::Telling { .. } => return,
+            Stage::Parked(_) | Stage::Recovering { .. } => {
+                flight.listed.values().map(|(number, _)| *number).max().unwrap_or(cancelled_number(self.epoch))
+            }
+        };
+        flight.stage = Stage::Deciding { number, commit: false, stamp: None };
+        self.recovering.remove(&id);
+        self.propose(id, number, Err(abort), effects);
+    }
+
+    fn propose(
+        &mut self,
+        id: BatchId,
+        number: Number,
+        result: Result<Stamp, Abort>,
+        effects: &mut Effects,
+    ) {
+        let flight = &self.flights[&id];
+        let (hash, shards) = (flight.hash, flight.shards.clone());
+        effects.act.decisions.push(Decision { id, hash, shards, number, result });
+    }
+
+    /// The next stamp, greater than all stamps and read positions before; none while the ceiling has to be raised first.
+    fn give_stamp(&mut self, effects: &mut Effects) -> Option<Stamp> {
+        if self.ceiling.0 - self.last_stamp.0 < STAMP_BLOCK / 2 && self.ceiling_asked == self.ceiling {
+            self.ceiling_asked = Stamp(self.ceiling.0 + STAMP_BLOCK);
+            effects.act.ceiling = Some(self.ceiling_asked);
+        }
+        if self.last_stamp == self.ceiling {
+            return None;
+        }
+        self.last_stamp = Stamp(self.last_stamp.0 + 1);
+        Some(self.last_stamp)
+    }
+
+    fn applied(
+        &mut self,
+        decisions: Vec<Decision>,
+        ceiling: Stamp,
+        horizon: Millis,
+        effects: &mut Effects,
+    ) {
+        self.ceiling = self.ceiling.max(ceiling);
+        self.ceiling_asked = self.ceiling_asked.max(self.ceiling);
+        self.horizon = self.horizon.max(horizon);
+        for decision in decisions {
+            self.decided(decision, effects);
+        }
+        for id in std::mem::take(&mut self.without_stamp) {
+            let Some(Flight { stage: Stage::Deciding { number, .. }, .. }) = self.flights.get(&id) else {
+                continue;
+            };
+            let number = *number;
+            self.decide_commit(id, number, effects);
+        }
+    }
+
+    /// The log has answered: this decision stands.
+    fn decided(&mut self, decision: Decision, effects: &mut Effects) {
+        let id = decision.id;
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        if let Stage::Telling { .. } = flight.stage {
+            return;
+        }
+        for token in std::mem::take(&mut flight.waiters) {
+            effects.replies.push((token, Reply::Decided(decision.clone())));
+        }
+        let mut missing: BTreeMap<ShardId, Number> =
+            flight.shards.iter().map(|shard| (*shard, decision.number)).collect();
+        if decision.result.is_err() {
+            // Listed parts may stand under other numbers; each is ended under its own.
+            missing.extend(flight.listed.iter().map(|(shard, (number, _))| (*shard, *number)));
+        }
+        for (shard, number) in &missing {
+            let view = self.shards.get_mut(shard).expect("participants are known shards");
+            view.outstanding.insert(*number, (id, self.now));
+        }
+        let shards: Vec<ShardId> = missing.keys().copied().collect();
+        flight.stage = Stage::Telling { decision, missing };
+        for shard in &shards {
+            self.send_outcome(*shard, id, effects);
+        }
+        self.end_if_done(id, effects);
+    }
+
+    fn send_outcome(&self, shard: ShardId, id: BatchId, effects: &mut Effects) {
+        let Some(Flight { stage: Stage::Telling { decision, missing }, tries, .. }) = self.flights.get(&id)
+        else {
+            return;
+        };
+        let Some(number) = missing.get(&shard) else { return };
+        effects.to_shards.entry(shard).or_default().outcomes.push(PartOutcome {
+            id,
+            number: *number,
+            commit: decision.result.as_ref().ok().copied(),
+            gives_up: tries.iter().copied().filter(|tried| tried != number).collect(),
+        });
+    }
+
+    /// Rule R2: only this ends a participant's part.
+    fn done(&mut self, shard: ShardId, done: Done, effects: &mut Effects) {
+        let Done { id, number, lost } = done;
+        if lost {
+            effects.alarms.push(format!(
+                "shard {shard} has lost its part of batch {id}, which is committed under {number}"
+            ));
+            return;
+        }
+        if self.strays.get(&(shard, number)) == Some(&id) {
+            self.strays.remove(&(shard, number));
+            self.view(shard).outstanding.remove(&number);
+            return;
+        }
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        let Stage::Telling { missing, .. } = &mut flight.stage else { return };
+        if missing.get(&shard) != Some(&number) {
+            return;
+        }
+        missing.remove(&shard);
+        let tries = flight.tries.clone();
+        let view = self.view(shard);
+        view.outstanding.remove(&number);
+        for tried in tries {
+            view.outstanding.remove(&tried);
+        }
+        self.end_if_done(id, effects);
+    }
+
+    fn end_if_done(&mut self, id: BatchId, effects: &mut Effects) {
+        if let Some(Flight { stage: Stage::Telling { missing, decision }, .. }) = self.flights.get(&id)
+            && missing.is_empty()
+        {
+            if !decision.shards.is_empty() {
+                effects.act.finished.push(id);
+            }
+            self.flights.remove(&id);
+        }
+    }
+
+    fn query(
+        &mut self,
+        token: Token,
+        id: BatchId,
+        wait: bool,
+        abort_if_not_seen: bool,
+        decisions: &dyn Decisions,
+        effects: &mut Effects,
+    ) {
+        if let Some(flight) = self.flights.get_mut(&id) {
+            match &flight.stage {
+                Stage::Telling { decision, .. } => {
+                    effects.replies.push((token, Reply::Decided(decision.clone())));
+                }
+                _ if wait => flight.waiters.push(token),
+                _ => effects.replies.push((token, Reply::InProgress)),
+            }
+            return;
+        }
+        if let Some(decision) = decisions.decision(id) {
+            effects.replies.push((token, Reply::Decided(decision)));
+        } else if id.time() <= self.horizon {
+            effects.replies.push((token, Reply::Refused(Refusal::TooOld { horizon: self.horizon })));
+        } else if abort_if_not_seen {
+            let flight = Flight {
+                hash: None,
+                shards: Vec::new(),
+                waiters: vec![token],
+                stage: Stage::Recovering { since: self.now, mixed: false },
+                listed: BTreeMap::new(),
+                tries: Vec::new(),
+            };
+            self.flights.insert(id, flight);
+            self.decide_abort(id, Abort::because(AbortReason::Cancelled), effects);
+        } else if self.is_recovered() {
+            effects.replies.push((token, Reply::NotSeen));
+        } else {
+            // A shard that has not answered the greeting may hold a part of it.
+            effects.replies.push((token, Reply::InProgress));
+        }
+    }
+
+    fn tick(&mut self, now: Millis, effects: &mut Effects) {
+        self.now = self.now.max(now);
+        self.end_deadlines(effects);
+        self.retry(effects);
+        self.lose_patience(effects);
+        self.raise_horizon(effects);
+        self.end_readings(effects);
+        if self.now.0 >= self.resent_at.0 + self.config.resend_ms / 2 {
+            self.resent_at = self.now;
+            let before = Millis(self.now.0.saturating_sub(self.config.resend_ms));
+            let placement = self.config.placement;
+            for shard in placement.all() {
+                self.resend(shard, before, effects);
+            }
+        }
+    }
+
+    fn end_deadlines(&mut self, effects: &mut Effects) {
+        while let Some((deadline, id)) = self.deadlines.first().copied()
+            && deadline <= self.now
+        {
+            self.deadlines.pop_first();
+            let Some(flight) = self.flights.get_mut(&id) else { continue };
+            match &flight.stage {
+                Stage::Parked(_) => {
+                    let mut shards = flight.shards.clone();
+                    shards.retain(|shard| !self.shards[shard].greeted);
+                    for token in std::mem::take(&mut flight.waiters) {
+                        let refusal = Refusal::Unavailable { shards: shards.clone() };
+                        effects.replies.push((token, Reply::Refused(refusal)));
+                    }
+                    self.flights.remove(&id);
+                    self.parked.remove(&id);
+                }
+                Stage::Preparing { votes, .. } => {
+                    let silent = flight.shards.iter().any(|shard| !votes.contains_key(shard));
+                    let reason =
+                        if silent { AbortReason::ParticipantUnavailable } else { AbortReason::Contention };
+                    self.decide_abort(id, Abort::because(reason), effects);
+                }
+                Stage::Recovering { .. } | Stage::Deciding { .. } | Stage::Telling { .. } => {}
+            }
+        }
+    }
+
+    fn retry(&mut self, effects: &mut Effects) {
+        while let Some((at, id)) = self.retries.first().copied()
+            && at <= self.now
+        {
+            self.retries.pop_first();
+            if let Some(Flight { stage: Stage::Preparing { retry_at: Some(due), pending, .. }, .. }) =
+                self.flights.get(&id)
+                && *due == at
+            {
+                let pending = pending.clone();
+                self.prepare(id, pending, effects);
+            }
+        }
+    }
+
+    /// Asks for a later horizon: never past anything that is in flight or may come to light.
+    fn raise_horizon(&mut self, effects: &mut Effects) {
+        let step = (self.config.retention_ms / 100).clamp(100, 60_000);
+        if self.now.0 < self.horizon_asked_at.0 + step || !self.is_recovered() {
+            return;
+        }
+        self.horizon_asked_at = self.now;
+        let oldest = self.flights.keys().next().map_or(u64::MAX, |id| id.time().0.saturating_sub(1));
+        let wanted = Millis(self.now.0.saturating_sub(self.config.retention_ms).min(oldest));
+        if wanted > self.horizon {
+            effects.act.horizon = Some(wanted);
+        }
+    }
+
+    /// Sends again what was last sent to a shard before `before` and has no answer, in order of the numbers.
+    fn resend(&mut self, shard: ShardId, before: Millis, effects: &mut Effects) {
+        self.resend_reads(shard, before, effects);
+        let Some(view) = self.shards.get_mut(&shard) else { return };
+        if !view.greeted {
+            if view.greeted_at < before {
+                self.greet(shard, effects);
+            }
+            return;
+        }
+        let patient = Millis(before.0.saturating_sub(4 * self.config.resend_ms));
+        let due: Vec<(Number, BatchId, Millis)> = view
+            .outstanding
+            .iter()
+            .filter(|(_, (_, sent))| *sent <= before)
+            .map(|(number, (id, sent))| (*number, *id, *sent))
+            .collect();
+        for (number, id, sent) in due {
+            if self.strays.contains_key(&(shard, number)) {
+                self.send_stray(shard, number, id, effects);
+            } else {
+                match self.flights.get(&id).map(|flight| &flight.stage) {
+                    Some(Stage::Telling { .. }) => self.send_outcome(shard, id, effects),
+                    Some(Stage::Preparing { votes, number: current, .. }) if *current == number => {
+                        match votes.get(&shard) {
+                            None => self.send_prepare(shard, id, effects),
+                            // Its vote will come by itself; ask only if it takes very long, or after a reconnection.
+                            Some(Heard::Waiting) if sent <= patient => self.send_prepare(shard, id, effects),
+                            Some(Heard::Waiting | Heard::Yes) => continue,
+                        }
+                    }
+                    _ => continue,
+                }
+            }
+            let now = self.now;
+            if let Some(entry) = self.view(shard).outstanding.get_mut(&number) {
+                entry.1 = now;
+            }
+        }
+    }
+
+    fn view(&mut self, shard: ShardId) -> &mut ShardView {
+        self.shards.get_mut(&shard).expect("the shard was checked on arrival")
+    }
+}

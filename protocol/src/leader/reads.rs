@@ -1,0 +1,213 @@
+//! Strong reads across shards.
+//!
+//! A read gets its position when it comes: the last stamp that was given. Every batch that was answered before has a stamp at or below
+//! it, every one that is decided later a stamp above it. Each shard answers from its rows at that position, after the parts in doubt
+//! on them that have such a stamp are gone; all other parts in doubt lie above the position and don't matter.
+//!
+//! That this leader still led when the read came is confirmed meanwhile: a newer one's stamps would be missing.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    batch::RowKey,
+    ids::{BatchId, Millis, ShardId, Stamp},
+    messages::{RowAt, ShardQuery, ShardRead, ShardReadAnswer},
+};
+
+use super::{Decisions, Effects, Flight, Leader, Refusal, Reply, Stage, Token};
+
+/// A read that is under way.
+#[derive(Clone, Debug)]
+pub(super) struct Reading {
+    token: Token,
+    position: Stamp,
+    confirmed: bool,
+    began: Millis,
+    /// What shards still have to answer, and when they were asked last.
+    pending: BTreeMap<ShardId, (ShardRead, Millis)>,
+    /// What they have answered.
+    answers: BTreeMap<ShardId, ShardReadAnswer>,
+    /// The shard of each row, in the order of the question.
+    order: Vec<ShardId>,
+}
+
+impl Leader {
+    pub(super) fn read(&mut self, token: Token, rows: Vec<RowKey>, effects: &mut Effects) {
+        let placement = self.config.placement;
+        let order: Vec<ShardId> = rows.iter().map(|row| placement.shard_of(row.partition())).collect();
+        let mut by_shard: BTreeMap<ShardId, Vec<RowKey>> = BTreeMap::new();
+        for (shard, row) in order.iter().zip(rows) {
+            by_shard.entry(*shard).or_default().push(row);
+        }
+        let queries = by_shard.into_iter().map(|(shard, rows)| (shard, ShardQuery::Rows(rows))).collect();
+        self.begin(token, queries, order, effects);
+    }
+
+    pub(super) fn history(
+        &mut self,
+        token: Token,
+        row: RowKey,
+        from: Stamp,
+        limit: usize,
+        effects: &mut Effects,
+    ) {
+        let shard = self.config.placement.shard_of(row.partition());
+        let query = ShardQuery::History { row, from, limit };
+        self.begin(token, BTreeMap::from([(shard, query)]), vec![shard], effects);
+    }
+
+    fn begin(
+        &mut self,
+        token: Token,
+        queries: BTreeMap<ShardId, ShardQuery>,
+        order: Vec<ShardId>,
+        effects: &mut Effects,
+    ) {
+        if self.readings.len() >= self.config.reads_max {
+            effects.replies.push((token, Reply::Refused(Refusal::Overloaded)));
+            return;
+        }
+        let position = self.last_stamp;
+        self.last_request += 1;
+        let request = self.last_request;
+        let mut pending = BTreeMap::new();
+        for (shard, query) in queries {
+            let read = ShardRead { position, known: false, wait_for: Vec::new(), query };
+            effects.reads.push((shard, request, read.clone()));
+            pending.insert(shard, (read, self.now));
+        }
+        let reading = Reading {
+            token,
+            position,
+            confirmed: false,
+            began: self.now,
+            pending,
+            answers: BTreeMap::new(),
+            order,
+        };
+        self.readings.insert(request, reading);
+        effects.confirm = Some(request);
+    }
+
+    /// Leadership was confirmed after all reads up to `asked` had come.
+    pub(super) fn confirmed(&mut self, asked: u64, effects: &mut Effects) {
+        let waiting: Vec<u64> = self
+            .readings
+            .range_mut(..=asked)
+            .filter(|(_, reading)| !reading.confirmed)
+            .map(|(request, reading)| {
+                reading.confirmed = true;
+                *request
+            })
+            .collect();
+        for request in waiting {
+            self.answer_if_complete(request, effects);
+        }
+    }
+
+    pub(super) fn read_answered(
+        &mut self,
+        shard: ShardId,
+        request: u64,
+        answer: ShardReadAnswer,
+        decisions: &dyn Decisions,
+        effects: &mut Effects,
+    ) {
+        let Some(reading) = self.readings.get_mut(&request) else { return };
+        let position = reading.position;
+        let Some((read, _)) = reading.pending.get(&shard) else { return };
+        let ShardReadAnswer::InDoubt(ids) = answer else {
+            reading.pending.remove(&shard);
+            reading.answers.insert(shard, answer);
+            return self.answer_if_complete(request, effects);
+        };
+        if read.known {
+            // The answer to the first question, come twice.
+            return;
+        }
+        let mut read = read.clone();
+        read.known = true;
+        read.wait_for =
+            ids.into_iter().filter(|id| self.stamped_up_to(*id, position, decisions)).collect();
+        effects.reads.push((shard, request, read.clone()));
+        let reading = self.readings.get_mut(&request).expect("was just found");
+        reading.pending.insert(shard, (read, self.now));
+    }
+
+    /// Whether a batch was given a stamp at or below the position.
+    fn stamped_up_to(&self, id: BatchId, position: Stamp, decisions: &dyn Decisions) -> bool {
+        match self.flights.get(&id) {
+            Some(Flight { stage: Stage::Deciding { stamp, .. }, .. }) => {
+                stamp.is_some_and(|stamp| stamp <= position)
+            }
+            Some(Flight { stage: Stage::Telling { decision, .. }, .. }) => {
+                decision.result.as_ref().is_ok_and(|stamp| *stamp <= position)
+            }
+            Some(Flight {
+                stage: Stage::Parked(_) | Stage::Preparing { .. } | Stage::Recovering { .. },
+                ..
+            }) => false,
+            None => {
+                let decision = decisions.decision(id);
+                decision.is_some_and(|decision| decision.result.is_ok_and(|stamp| stamp <= position))
+            }
+        }
+    }
+
+    fn answer_if_complete(&mut self, request: u64, effects: &mut Effects) {
+        let reading = &self.readings[&request];
+        if !reading.confirmed || !reading.pending.is_empty() {
+            return;
+        }
+        let reading = self.readings.remove(&request).expect("was just found");
+        let position = reading.position;
+        let mut values: BTreeMap<ShardId, std::vec::IntoIter<RowAt>> = BTreeMap::new();
+        for (shard, answer) in reading.answers {
+            match answer {
+                ShardReadAnswer::History { changes, next } => {
+                    let reply = Reply::History { position, changes, next };
+                    effects.replies.push((reading.token, reply));
+                    return;
+                }
+                ShardReadAnswer::Rows(rows) => {
+                    values.insert(shard, rows.into_iter());
+                }
+                ShardReadAnswer::InDoubt(_) => unreachable!("is never kept as an answer"),
+            }
+        }
+        let rows: Option<Vec<RowAt>> =
+            reading.order.iter().map(|shard| values.get_mut(shard)?.next()).collect();
+        match rows {
+            Some(rows) => effects.replies.push((reading.token, Reply::Rows { position, rows })),
+            None => {
+                effects.alarms.push("a shard answered a read with fewer rows than were asked".to_owned());
+                let shards = values.into_keys().collect();
+                effects.replies.push((reading.token, Reply::Refused(Refusal::Unavailable { shards })));
+            }
+        }
+    }
+
+    /// Gives up reads that take too long.
+    pub(super) fn end_readings(&mut self, effects: &mut Effects) {
+        let oldest = self.now.0.saturating_sub(self.config.read_timeout_ms);
+        while let Some(entry) = self.readings.first_entry()
+            && entry.get().began.0 < oldest
+        {
+            let reading = entry.remove();
+            let shards = reading.pending.into_keys().collect();
+            effects.replies.push((reading.token, Reply::Refused(Refusal::Unavailable { shards })));
+        }
+    }
+
+    /// Asks a shard again.
+    pub(super) fn resend_reads(&mut self, shard: ShardId, before: Millis, effects: &mut Effects) {
+        for (request, reading) in &mut self.readings {
+            if let Some((read, sent)) = reading.pending.get_mut(&shard)
+                && *sent <= before
+            {
+                effects.reads.push((shard, *request, read.clone()));
+                *sent = self.now;
+            }
+        }
+    }
+}

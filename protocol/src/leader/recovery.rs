@@ -1,0 +1,229 @@
+//! Greeting the shards, and ending what earlier epochs left behind (rules R11 and R12).
+//!
+//! A shard's answer to the greeting lists all that it holds, and nothing of an older epoch takes any of it away afterwards. So what a
+//! greeted shard did not list it will never vote YES for in an older epoch, and what all participants list as YES under one number
+//! can be committed: nothing that was ready to commit is lost with its leader.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    ids::{BatchId, Millis, Number, ShardId},
+    messages::{Abort, AbortReason, Decision, Greeting, HeldPart, PartOutcome, VoteKind},
+};
+
+use super::{Decisions, Effects, Flight, Leader, Refusal, Reply, Stage};
+
+impl Leader {
+    pub(super) fn greet(&mut self, shard: ShardId, effects: &mut Effects) {
+        effects.to_shards.entry(shard).or_default().greet = true;
+        let now = self.now;
+        self.view(shard).greeted_at = now;
+    }
+
+    /// A decision of an earlier epoch that not all participants have confirmed.
+    pub(super) fn adopt_decision(&mut self, decision: Decision) {
+        let id = decision.id;
+        let missing: BTreeMap<ShardId, Number> =
+            decision.shards.iter().map(|shard| (*shard, decision.number)).collect();
+        for (shard, number) in &missing {
+            // Sent once the shard has answered the greeting.
+            self.view(*shard).outstanding.insert(*number, (id, Millis(0)));
+        }
+        let flight = Flight {
+            hash: decision.hash,
+            shards: decision.shards.clone(),
+            waiters: Vec::new(),
+            stage: Stage::Telling { decision, missing },
+            listed: BTreeMap::new(),
+            tries: Vec::new(),
+        };
+        self.flights.insert(id, flight);
+    }
+
+    pub(super) fn greeted(
+        &mut self,
+        shard: ShardId,
+        greeting: Greeting,
+        decisions: &dyn Decisions,
+        effects: &mut Effects,
+    ) {
+        if greeting.epoch > self.epoch {
+            effects.step_down = Some(format!("shard {shard} has recorded the newer epoch {}", greeting.epoch));
+            return;
+        }
+        // A late answer, to an earlier greeting or a second time, lists nothing that still counts.
+        if greeting.epoch < self.epoch || self.view(shard).greeted {
+            return;
+        }
+        self.view(shard).greeted = true;
+        for part in greeting.parts {
+            self.adopt(shard, part, decisions, effects);
+        }
+        let recovering: Vec<BatchId> = self.recovering.iter().copied().collect();
+        for id in recovering {
+            self.try_to_recover(id, effects);
+        }
+        let parked: Vec<BatchId> = self.parked.iter().copied().collect();
+        for id in parked {
+            self.start_if_greeted(id, effects);
+        }
+        self.resend(shard, Millis(0), effects);
+    }
+
+    /// A shard asks about a part that it has held for long.
+    pub(super) fn asked(
+        &mut self,
+        shard: ShardId,
+        part: HeldPart,
+        decisions: &dyn Decisions,
+        effects: &mut Effects,
+    ) {
+        let known = self.view(shard).outstanding.contains_key(&part.number);
+        if !known && self.view(shard).greeted && part.number.epoch < self.epoch {
+            effects.alarms.push(format!(
+                "shard {shard} asks about batch {} under {}, which it did not list when it was greeted",
+                part.id, part.number
+            ));
+            let id = part.id;
+            self.adopt(shard, part, decisions, effects);
+            if self.recovering.contains(&id) {
+                self.try_to_recover(id, effects);
+            }
+        }
+    }
+
+    /// Takes over a part that a shard listed.
+    fn adopt(&mut self, shard: ShardId, part: HeldPart, decisions: &dyn Decisions, effects: &mut Effects) {
+        let HeldPart { number, id, hash, shards, vote } = part;
+        if number.epoch >= self.epoch {
+            return;
+        }
+        let now = self.now;
+        self.view(shard).outstanding.insert(number, (id, now));
+        if !self.flights.contains_key(&id) {
+            if let Some(decision) = decisions.decision(id) {
+                if decision.result.is_ok() && decision.hash == Some(hash) {
+                    // Finished, and yet held: never done by anybody's word but the shard's own. Tell it again.
+                    effects.alarms.push(format!(
+                        "shard {shard} holds batch {id}, which it has confirmed as committed: it is told again"
+                    ));
+                    self.adopt_decision(Decision { shards: vec![shard], ..decision });
+                    return;
+                }
+                return self.stray(shard, number, id, effects);
+            }
+            self.recovering.insert(id);
+            let flight = Flight {
+                hash: Some(hash),
+                shards,
+                waiters: Vec::new(),
+                stage: Stage::Recovering { since: now, mixed: false },
+                listed: BTreeMap::from([(shard, (number, vote == VoteKind::Yes))]),
+                tries: Vec::new(),
+            };
+            self.flights.insert(id, flight);
+            return;
+        }
+        let flight = self.flights.get_mut(&id).expect("was just found");
+        let same = flight.hash.is_none_or(|known| known == hash);
+        match &mut flight.stage {
+            Stage::Recovering { mixed, .. } => {
+                *mixed |= !same;
+                flight.listed.insert(shard, (number, vote == VoteKind::Yes));
+            }
+            Stage::Parked(_) => {
+                // A caller was faster than this greeting. The batch is recovered, never started again.
+                if !same {
+                    for token in std::mem::take(&mut flight.waiters) {
+                        effects.replies.push((token, Reply::Refused(Refusal::DifferentContents)));
+                    }
+                }
+                flight.hash = Some(hash);
+                flight.shards = shards;
+                flight.stage = Stage::Recovering { since: now, mixed: false };
+                flight.listed.insert(shard, (number, vote == VoteKind::Yes));
+                self.parked.remove(&id);
+                self.recovering.insert(id);
+            }
+            Stage::Deciding { commit: false, .. } if same => {
+                flight.listed.insert(shard, (number, vote == VoteKind::Yes));
+            }
+            Stage::Telling { decision, missing } if same => match decision.result {
+                Ok(_) if number == decision.number => {
+                    missing.insert(shard, number);
+                }
+                Ok(_) => effects.alarms.push(format!(
+                    "shard {shard} holds batch {id} under {number}, but it is committed under {}",
+                    decision.number
+                )),
+                Err(_) => {
+                    if let Some(other) = missing.insert(shard, number)
+                        && other != number
+                    {
+                        self.view(shard).outstanding.remove(&other);
+                    }
+                }
+            },
+            Stage::Preparing { .. } | Stage::Deciding { .. } | Stage::Telling { .. } if same => {
+                effects.alarms.push(format!(
+                    "shard {shard} lists batch {id} under {number}, though it was taken up without it (rule R12)"
+                ));
+            }
+            // Other contents under the same id, which can never commit any more.
+            Stage::Preparing { .. } | Stage::Deciding { .. } | Stage::Telling { .. } => {
+                self.stray(shard, number, id, effects);
+            }
+        }
+    }
+
+    /// Decides a batch that an earlier epoch left undecided, as soon as enough is known.
+    fn try_to_recover(&mut self, id: BatchId, effects: &mut Effects) {
+        let flight = &self.flights[&id];
+        let Stage::Recovering { mixed, .. } = flight.stage else { return };
+        let mut numbers = flight.listed.values().map(|(number, _)| number);
+        let first = *numbers.next().expect("a batch in recovery was listed by a shard");
+        let uneven = mixed || numbers.any(|number| *number != first);
+        let refused = flight.listed.values().any(|(_, yes)| !yes);
+        let mut unknown = false;
+        let mut absent = false;
+        for shard in &flight.shards {
+            match (flight.listed.contains_key(shard), self.shards[shard].greeted) {
+                (true, _) => {}
+                (false, true) => absent = true,
+                (false, false) => unknown = true,
+            }
+        }
+        if uneven || refused || absent {
+            self.decide_abort(id, Abort::because(AbortReason::Interrupted), effects);
+        } else if !unknown {
+            self.decide_commit(id, first, effects);
+        }
+    }
+
+    /// Gives up waiting for participants that can't be reached.
+    pub(super) fn lose_patience(&mut self, effects: &mut Effects) {
+        let patience = self.config.patience_ms;
+        let late: Vec<BatchId> = self
+            .recovering
+            .iter()
+            .filter(|id| match self.flights[*id].stage {
+                Stage::Recovering { since, .. } => self.now.0 >= since.0 + patience,
+                _ => false,
+            })
+            .copied()
+            .collect();
+        for id in late {
+            self.decide_abort(id, Abort::because(AbortReason::Interrupted), effects);
+        }
+    }
+
+    fn stray(&mut self, shard: ShardId, number: Number, id: BatchId, effects: &mut Effects) {
+        self.strays.insert((shard, number), id);
+        self.send_stray(shard, number, id, effects);
+    }
+
+    pub(super) fn send_stray(&self, shard: ShardId, number: Number, id: BatchId, effects: &mut Effects) {
+        let outcome = PartOutcome { id, number, commit: None, gives_up: Vec::new() };
+        effects.to_shards.entry(shard).or_default().outcomes.push(outcome);
+    }
+}

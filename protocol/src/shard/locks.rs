@@ -1,0 +1,254 @@
+//! Who holds which row, and who waits for it.
+//!
+//! Deltas of any number of undecided batches may stand on one balance (*escrow*, after O'Neil, "The Escrow Transactional Method",
+//! TODS 11:4, 1986). Conditions share a row; everything else has it alone. All of this follows from the prepared parts, which are
+//! replicated, so no lock is lost with a leader.
+//!
+//! Invariants, for each row:
+//! - Holders are compatible with each other.
+//! - With `S` the settled balance and `O`, `I` the sums of undecided outgoing and incoming deltas, every holder's own bounds hold
+//!   for every subset of the *other* holders that may commit: `S - O >= lowest` and `S + I <= highest`.
+//! - Whoever waits, waits for lower numbers of the same coordinator only, so there is no circle, across shards either.
+
+use std::collections::BTreeMap;
+
+use crate::ids::{GroupId, Number};
+
+/// Who stands in line: its number, and the coordinator that gave it. Numbers of different coordinators have no order, so
+/// batches of different coordinators never wait for each other; the later one is refused (CONFLICT).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket {
+    /// The number.
+    pub number: Number,
+    /// Who gave it.
+    pub coordinator: GroupId,
+}
+
+/// How a part uses a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Only deltas: any number side by side.
+    Add,
+    /// Only conditions: any number side by side, but not beside deltas.
+    Shared,
+    /// Alone.
+    Exclusive,
+}
+
+impl Mode {
+    fn goes_with(self, other: Mode) -> bool {
+        matches!((self, other), (Mode::Add, Mode::Add) | (Mode::Shared, Mode::Shared))
+    }
+}
+
+/// What a part claims of one row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// How it uses the row.
+    pub mode: Mode,
+    /// The sum of its deltas.
+    pub delta: i128,
+    /// The balance without this part must be at least this, `None`: always short.
+    pub lowest: i128,
+    /// The balance without this part must be at most this.
+    pub highest: i128,
+    /// Whether an outcome changes the row.
+    pub writes: bool,
+}
+
+impl Claim {
+    fn outgoing(&self) -> i128 {
+        self.delta.min(0)
+    }
+
+    fn incoming(&self) -> i128 {
+        self.delta.max(0)
+    }
+
+    /// The bound that `S - O` must keep, `O` counting this holder too: `lowest` holds without its own outgoing part.
+    fn low_mark(&self) -> i128 {
+        self.lowest.saturating_add(self.outgoing())
+    }
+
+    /// The bound that `S + I` must keep, `I` counting this holder too.
+    fn high_mark(&self) -> i128 {
+        self.highest.saturating_add(self.incoming())
+    }
+}
+
+/// Whether a claim can be granted, from the locks and the settled balance alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Yes.
+    Granted,
+    /// It has to wait for lower numbers.
+    Waits,
+    /// A higher number (or another coordinator's) is in the way.
+    Conflict,
+    /// The balance is too low even if everything incoming commits and nothing outgoing does.
+    TooLow,
+    /// The balance is too high even in the best case.
+    TooHigh,
+}
+
+/// The line at one row.
+#[derive(Clone, Debug, Default)]
+pub struct RowLock {
+    holders: BTreeMap<Ticket, Claim>,
+    waiters: BTreeMap<Ticket, Claim>,
+    /// Sums over the holders; outgoing is negative or 0.
+    outgoing: i128,
+    incoming: i128,
+    /// The holders' marks, counted: the greatest low one and the least high one bind.
+    low_marks: BTreeMap<i128, u32>,
+    high_marks: BTreeMap<i128, u32>,
+}
+
+impl RowLock {
+    /// Whether nobody holds the row or waits for it.
+    pub fn is_free(&self) -> bool {
+        self.holders.is_empty() && self.waiters.is_empty()
+    }
+
+    /// Whether somebody holds it.
+    pub fn is_held(&self) -> bool {
+        !self.holders.is_empty()
+    }
+
+    /// Who waits, in order.
+    pub fn waiting(&self) -> impl Iterator<Item = Ticket> + '_ {
+        self.waiters.keys().copied()
+    }
+
+    /// Holders whose outcome may change the row.
+    pub fn writers(&self) -> impl Iterator<Item = Ticket> + '_ {
+        self.holders.iter().filter(|(_, claim)| claim.writes).map(|(ticket, _)| *ticket)
+    }
+
+    /// Lets a part hold the row.
+    pub fn hold(&mut self, ticket: Ticket, claim: Claim) {
+        self.outgoing = self.outgoing.saturating_add(claim.outgoing());
+        self.incoming = self.incoming.saturating_add(claim.incoming());
+        *self.low_marks.entry(claim.low_mark()).or_default() += 1;
+        *self.high_marks.entry(claim.high_mark()).or_default() += 1;
+        let before = self.holders.insert(ticket, claim);
+        assert!(before.is_none(), "{ticket:?} holds the row already");
+    }
+
+    /// Puts a part in line.
+    pub fn wait(&mut self, ticket: Ticket, claim: Claim) {
+        self.waiters.insert(ticket, claim);
+    }
+
+    /// Takes a part out, wherever it stands.
+    pub fn remove(&mut self, ticket: Ticket) {
+        self.waiters.remove(&ticket);
+        if let Some(claim) = self.holders.remove(&ticket) {
+            self.outgoing -= claim.outgoing();
+            self.incoming -= claim.incoming();
+            uncount(&mut self.low_marks, claim.low_mark());
+            uncount(&mut self.high_marks, claim.high_mark());
+        }
+    }
+
+    /// Whether the claim's mode and its place in line permit it to be looked at now.
+    pub fn admits(&self, ticket: Ticket, claim: &Claim) -> Answer {
+        let mut waits = false;
+        // All holders go with each other, so if one deltas' or conditions' holder fits, all do.
+        if self.holders.values().next().is_some_and(|first| !first.mode.goes_with(claim.mode)) {
+            if self.holders.keys().any(|holder| !is_before(*holder, ticket)) {
+                return Answer::Conflict;
+            }
+            waits = true;
+        }
+        for (waiter, theirs) in &self.waiters {
+            if *waiter == ticket || may_pass(claim, theirs) {
+                continue;
+            }
+            if waiter.coordinator != ticket.coordinator {
+                return Answer::Conflict;
+            }
+            waits |= is_before(*waiter, ticket);
+        }
+        if waits { Answer::Waits } else { Answer::Granted }
+    }
+
+    /// Whether the deltas fit, given the settled balance. Only for claims that are admitted.
+    pub fn fits(&self, ticket: Ticket, claim: &Claim, settled: i128) -> Answer {
+        if self.best(ticket, settled) < claim.lowest {
+            return Answer::TooLow;
+        }
+        if self.least(ticket, settled) > claim.highest {
+            return Answer::TooHigh;
+        }
+        let outgoing = self.outgoing.checked_add(claim.outgoing());
+        let incoming = self.incoming.checked_add(claim.incoming());
+        let least = outgoing.and_then(|outgoing| settled.checked_add(outgoing));
+        let greatest = incoming.and_then(|incoming| settled.checked_add(incoming));
+        let own = settled.saturating_add(self.outgoing) >= claim.lowest
+            && settled.saturating_add(self.incoming) <= claim.highest;
+        let others = least.is_some_and(|least| self.low_marks.keys().next_back().is_none_or(|mark| least >= *mark))
+            && greatest
+                .is_some_and(|greatest| self.high_marks.keys().next().is_none_or(|mark| greatest <= *mark));
+        if own && others {
+            return Answer::Granted;
+        }
+        // Not sure yet. Waiting is for lower numbers only: with a higher one on the row there would be no order.
+        let later = self.holders.keys().next_back().is_some_and(|holder| !is_before(*holder, ticket));
+        let foreign = self.holders.keys().any(|holder| holder.coordinator != ticket.coordinator);
+        if foreign || (later && !self.waits_for_lower(ticket, claim, settled)) {
+            Answer::Conflict
+        } else {
+            Answer::Waits
+        }
+    }
+
+    /// The most that the balance can be for this number. What is numbered later also started later, so a rejection may precede
+    /// it: its incoming deltas don't help.
+    pub fn best(&self, ticket: Ticket, settled: i128) -> i128 {
+        settled.saturating_add(self.sums_before(ticket).1)
+    }
+
+    /// The least that the balance can be for this number.
+    pub fn least(&self, ticket: Ticket, settled: i128) -> i128 {
+        settled.saturating_add(self.sums_before(ticket).0)
+    }
+
+    /// Whether the answer still depends on a holder with a lower number.
+    fn waits_for_lower(&self, ticket: Ticket, claim: &Claim, settled: i128) -> bool {
+        self.least(ticket, settled) < claim.lowest || self.best(ticket, settled) > claim.highest
+    }
+
+    fn sums_before(&self, ticket: Ticket) -> (i128, i128) {
+        if self.holders.keys().next_back().is_none_or(|last| *last < ticket) {
+            return (self.outgoing, self.incoming);
+        }
+        let before = self.holders.range(..ticket).map(|(_, claim)| claim);
+        before.fold((0, 0), |(outgoing, incoming), claim| {
+            (outgoing + claim.outgoing(), incoming + claim.incoming())
+        })
+    }
+}
+
+/// Whether one that comes later may go ahead of one that waits.
+fn may_pass(claim: &Claim, waiting: &Claim) -> bool {
+    match (claim.mode, waiting.mode) {
+        // A delta that waits, waits for the balance to move its way. One of the other sign only helps; one of the same sign
+        // would starve it.
+        (Mode::Add, Mode::Add) => claim.delta == 0 || (claim.delta > 0) != (waiting.delta > 0),
+        (Mode::Shared, Mode::Shared) => true,
+        _ => false,
+    }
+}
+
+fn is_before(one: Ticket, other: Ticket) -> bool {
+    one.coordinator == other.coordinator && one.number < other.number
+}
+
+fn uncount(marks: &mut BTreeMap<i128, u32>, mark: i128) {
+    let count = marks.get_mut(&mark).expect("every holder's mark is counted");
+    *count -= 1;
+    if *count == 0 {
+        marks.remove(&mark);
+    }
+}

@@ -1,0 +1,210 @@
+//! Rows and their versions in the store.
+//!
+//! A row's *settled* value holds exactly the committed batches that were applied here. Every change is kept as a version under
+//! its stamp. After a failover stamps may arrive out of order; only deltas can (writes of records are exclusive), and then the
+//! later versions are shifted, so the list is always what it would be had they come in order.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    batch::RowKey,
+    ids::{BatchId, Stamp},
+    machine::{decode, encode},
+    messages::{RowAt, RowChange, RowValue},
+    store::{Store, StoreError},
+};
+
+const ROW_TABLE: u8 = 0x10;
+const VERSION_TABLE: u8 = 0x11;
+
+/// A version as it is stored: `(row, stamp)` is its key.
+#[derive(Serialize, Deserialize)]
+struct Version {
+    id: BatchId,
+    delta: Option<i128>,
+    result: RowValue,
+}
+
+fn row_key(row: &RowKey) -> Vec<u8> {
+    let mut key = Vec::with_capacity(1 + row.as_bytes().len());
+    key.push(ROW_TABLE);
+    key.extend_from_slice(row.as_bytes());
+    key
+}
+
+/// The row, a NUL (which no name contains) and the stamp, so that versions sort by row, then by stamp.
+fn version_key(row: &RowKey, stamp: Stamp) -> Vec<u8> {
+    let mut key = Vec::with_capacity(10 + row.as_bytes().len());
+    key.push(VERSION_TABLE);
+    key.extend_from_slice(row.as_bytes());
+    key.push(0);
+    key.extend_from_slice(&stamp.0.to_be_bytes());
+    key
+}
+
+/// The end of the versions of a row: greater than the key of any of them.
+fn versions_end(row: &RowKey) -> Vec<u8> {
+    let mut key = version_key(row, Stamp(0));
+    key.truncate(key.len() - 9);
+    key.push(1);
+    key
+}
+
+fn stamp_of(key: &[u8]) -> Stamp {
+    let tail = key[key.len() - 8..].try_into().expect("a version's key ends with its stamp");
+    Stamp(u64::from_be_bytes(tail))
+}
+
+/// The settled value of a row.
+pub fn settled(store: &dyn Store, row: &RowKey) -> Result<RowAt, StoreError> {
+    match store.get(&row_key(row))? {
+        None => Ok(RowAt::default()),
+        Some(bytes) => decode("row", &bytes),
+    }
+}
+
+/// What a row held at a position, of what has been applied.
+pub fn at(store: &dyn Store, row: &RowKey, position: Stamp) -> Result<RowAt, StoreError> {
+    let now = settled(store, row)?;
+    if now.version <= position {
+        return Ok(now);
+    }
+    let before = store.last(&version_key(row, Stamp(0)), &version_key(row, Stamp(position.0 + 1)))?;
+    match before {
+        None => Ok(RowAt::default()),
+        Some((key, bytes)) => {
+            let version: Version = decode("version", &bytes)?;
+            Ok(RowAt { version: stamp_of(&key), value: version.result })
+        }
+    }
+}
+
+/// The changes of a row with stamps in `from..=position`, at most `limit`, and where the list goes on.
+pub fn history(
+    store: &dyn Store,
+    row: &RowKey,
+    from: Stamp,
+    position: Stamp,
+    limit: usize,
+) -> Result<(Vec<RowChange>, Option<Stamp>), StoreError> {
+    let mut changes = Vec::new();
+    let mut next = None;
+    let mut failed = None;
+    let end = version_key(row, Stamp(position.0.saturating_add(1)));
+    store.scan(&version_key(row, from), &end, &mut |key, bytes| {
+        if changes.len() == limit {
+            next = Some(stamp_of(key));
+            return false;
+        }
+        match decode::<Version>("version", bytes) {
+            Err(error) => failed = Some(error),
+            Ok(Version { id, delta, result }) => {
+                changes.push(RowChange { id, stamp: stamp_of(key), delta, result });
+            }
+        }
+        failed.is_none()
+    })?;
+    failed.map_or(Ok((changes, next)), Err)
+}
+
+/// Adds the sum of a batch's deltas to a balance, at the batch's stamp.
+pub fn add(
+    store: &mut dyn Store,
+    row: &RowKey,
+    id: BatchId,
+    stamp: Stamp,
+    delta: i128,
+) -> Result<(), StoreError> {
+    let now = settled(store, row)?;
+    if stamp > now.version {
+        let result = plus(&now.value, delta);
+        return write(store, row, id, stamp, Some(delta), result);
+    }
+    // Out of order: this batch comes before some that are already here.
+    let result = plus(&at(store, row, stamp)?.value, delta);
+    let mut later = Vec::new();
+    store.scan(&version_key(row, stamp), &versions_end(row), &mut |key, bytes| {
+        later.push((key.to_vec(), Bytes::copy_from_slice(bytes)));
+        true
+    })?;
+    for (key, bytes) in later {
+        let mut version: Version = decode("version", &bytes)?;
+        assert!(stamp_of(&key) != stamp, "two batches have stamp {stamp} on row {row:?}");
+        version.result = plus(&version.result, delta);
+        store.put(&key, &encode(&version))?;
+    }
+    store.put(&version_key(row, stamp), &encode(&Version { id, delta: Some(delta), result }))?;
+    let shifted = RowAt { version: now.version, value: plus(&now.value, delta) };
+    store.put(&row_key(row), &encode(&shifted))
+}
+
+/// Writes a record, or its absence, at the batch's stamp.
+pub fn replace(
+    store: &mut dyn Store,
+    row: &RowKey,
+    id: BatchId,
+    stamp: Stamp,
+    value: RowValue,
+) -> Result<(), StoreError> {
+    let now = settled(store, row)?;
+    assert!(
+        stamp > now.version,
+        "a write of row {row:?} at stamp {stamp} comes after one at {}: its lock did not hold",
+        now.version
+    );
+    write(store, row, id, stamp, None, value)
+}
+
+fn write(
+    store: &mut dyn Store,
+    row: &RowKey,
+    id: BatchId,
+    stamp: Stamp,
+    delta: Option<i128>,
+    result: RowValue,
+) -> Result<(), StoreError> {
+    let version = Version { id, delta, result };
+    store.put(&version_key(row, stamp), &encode(&version))?;
+    store.put(&row_key(row), &encode(&RowAt { version: stamp, value: version.result }))
+}
+
+fn plus(value: &RowValue, delta: i128) -> RowValue {
+    let base = match value {
+        RowValue::Absent => 0,
+        RowValue::Balance(base) => *base,
+        RowValue::Record(_) => panic!("a delta was granted on a record"),
+    };
+    RowValue::Balance(base.checked_add(delta).expect("escrow keeps every sum within 128 bits"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ids::Millis, store::MemoryStore};
+
+    #[test]
+    fn deltas_out_of_order_end_as_if_in_order() {
+        let row = RowKey::new("user:1", "USD").unwrap();
+        let deltas = [(Stamp(2), 10), (Stamp(5), -3), (Stamp(9), 4), (Stamp(11), -11)];
+        let build = |order: [usize; 4]| {
+            let mut store = MemoryStore::default();
+            for place in order {
+                let (stamp, delta) = deltas[place];
+                add(&mut store, &row, BatchId::from_parts(Millis(stamp.0), [0; 10]), stamp, delta).unwrap();
+            }
+            store
+        };
+        let in_order = build([0, 1, 2, 3]);
+        for order in [[1, 0, 2, 3], [3, 2, 1, 0], [0, 3, 1, 2], [2, 0, 3, 1]] {
+            assert!(build(order) == in_order, "{order:?}");
+        }
+        let balance_at = |stamp| at(&in_order, &row, Stamp(stamp)).unwrap().value;
+        assert_eq!(balance_at(1), RowValue::Absent);
+        assert_eq!(balance_at(5), RowValue::Balance(7));
+        assert_eq!(balance_at(8), RowValue::Balance(7));
+        assert_eq!(balance_at(99), RowValue::Balance(0));
+        let (changes, next) = history(&in_order, &row, Stamp(3), Stamp(10), 1).unwrap();
+        assert_eq!((changes[0].stamp, changes[0].delta, next), (Stamp(5), Some(-3), Some(Stamp(9))));
+    }
+}
