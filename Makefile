@@ -1,0 +1,40 @@
+# The two commands for everybody are `make demo` and `make test`. Both install what is missing first.
+
+SHELL := /bin/bash
+# A shell that has not read ~/.cargo/env doesn't see a fresh toolchain.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+# Runs a command with the variables that point cargo to the RocksDB that is compiled once for all builds.
+WITH_ROCKSDB := scripts/rocksdb.sh
+
+# Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
+ARGS ?=
+
+.PHONY: help demo dev test verify fix deny setup
+
+help: ## Tells what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: setup ## Settles a tape on a cluster of three processes while leaders are killed
+	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- demo $(ARGS)
+
+dev: setup ## Starts a durable cluster of three nodes in one process, for development against it
+	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- dev $(ARGS)
+
+test: ## Everything that CI checks; installs what is missing first
+	@scripts/setup.sh --test
+	@scripts/verify.sh
+
+verify: ## The gate: format, lints, rules, documentation, tests; changes nothing
+	@scripts/verify.sh
+
+fix: ## Rewrites what can be mended by machine: format and lints
+	$(WITH_ROCKSDB) cargo clippy --workspace --all-targets --fix --allow-dirty --allow-staged
+	cargo fmt --all
+
+deny: ## Licences, sources and advisories of all dependencies; installs cargo-deny first (minutes)
+	@cargo deny --version > /dev/null 2>&1 || cargo install --locked cargo-deny
+	@scripts/deny.sh
+
+setup:
+	@scripts/setup.sh
