@@ -1,1 +1,4 @@
-//! node
+//! The parts of the `verdict` program.
+
+pub mod book;
+pub mod tape;
