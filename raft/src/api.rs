@@ -81,6 +81,8 @@ pub struct Limits {
     pub peer_queue: usize,
     /// Proposals of one group that may wait for their outcome.
     pub proposals_in_flight: usize,
+    /// The same, in bytes.
+    pub proposal_bytes_in_flight: usize,
     /// RocksDB's block cache, in bytes.
     pub block_cache_bytes: usize,
     /// Recently used keys and values of each group kept in memory, in bytes.
@@ -99,6 +101,7 @@ impl Default for Limits {
             writer_queue: 4096,
             peer_queue: 4096,
             proposals_in_flight: 4096,
+            proposal_bytes_in_flight: 128 << 20,
             block_cache_bytes: 64 << 20,
             state_cache_bytes: 64 << 20,
         }

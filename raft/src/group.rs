@@ -1,31 +1,145 @@
-//! A replica of one group.
+//! A replica of one group: proposals, reads, leadership, and what an operator may ask for.
+//!
+//! A proposal goes through two tasks. The *sequencer* takes everything that waits, hands it to openraft as one message, and goes
+//! on only when openraft has taken it in or refused it as a whole: so entries are appended in the order of the calls, also
+//! across a leader's first moments, when openraft refuses and the sequencer tries again. The *completer* passes the outcomes
+//! on, in the same order.
+//!
+//! Invariants:
+//! - A proposal that is answered `NotLeader` or `Refused` was not appended by this replica.
+//! - One that was appended is answered with its outcome or with `Unknown`, never with a guess.
+//! - What waits is bounded in number and in bytes.
 
-use std::{collections::BTreeSet, future::Future, marker::PhantomData, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::Future,
+    sync::Arc,
+    time::Duration,
+};
 
-use tokio::sync::watch;
+use bytes::Bytes;
+use futures::{
+    FutureExt, StreamExt,
+    future::BoxFuture,
+    stream::BoxStream,
+};
+use openraft::{
+    BasicNode, Raft, RaftMetrics, ReadPolicy, ServerState, Snapshot,
+    async_runtime::watch::WatchReceiver as _,
+    errors::{ChangeMembershipError, ClientWriteError, Fatal, ForwardReason, LinearizableReadError, RaftError},
+    raft::{TransferLeaderRequest, WriteResult},
+};
+use serde::de::DeserializeOwned;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch},
+    time::{Instant, sleep, timeout},
+};
 use verdict_protocol::{
     ids::{GroupId, NodeId},
     machine::Machine,
     store::Store,
 };
 
-use crate::api::{AdminError, Applied, GroupStatus, Leadership, ProposeError, ReadError};
+use crate::{
+    api::{AdminError, Applied, GroupStatus, Leadership, ProposeError, ReadError, Role},
+    log::GroupLog,
+    network::encode,
+    node::{Endpoint, Node, stopping},
+    peer::kind,
+    replica::{Replica, StateMachine},
+    snapshot::{self, SnapshotFile},
+    types::{Command, LogId, Types, Vote},
+};
+
+/// Proposals that are handed to openraft together.
+const TOGETHER_MAX: usize = 256;
+const TOGETHER_BYTES_MAX: usize = 4 << 20;
+/// Messages that wait for their outcomes.
+const COMPLETING_MAX: usize = 4096;
+/// How long a refused proposal waits before it is tried again.
+const RETRY: Duration = Duration::from_millis(2);
+/// How often the leadership is looked at even if nothing has changed.
+const LEADERSHIP_TICK: Duration = Duration::from_millis(100);
+/// How long a snapshot that was asked for may take.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(60);
+/// Proposals in flight are counted in this many bytes.
+const BYTES_UNIT: usize = 1024;
+
+type ThisRaft<M> = Raft<Types, StateMachine<M>>;
+type Outcome<M> = Result<Applied<<M as Machine>::Reply>, ProposeError>;
+
+struct Proposal<M: Machine> {
+    command: Bytes,
+    outcome: oneshot::Sender<Outcome<M>>,
+    /// Held until the outcome is known.
+    _permits: (OwnedSemaphorePermit, OwnedSemaphorePermit),
+}
 
 /// The replica of a group on this node. A cheap handle.
 pub struct Group<M: Machine> {
-    machine: PhantomData<Arc<std::sync::Mutex<M>>>,
+    shared: Arc<Shared<M>>,
 }
 
 impl<M: Machine> Clone for Group<M> {
     fn clone(&self) -> Self {
-        Group { machine: PhantomData }
+        Group { shared: self.shared.clone() }
     }
 }
 
+struct Shared<M: Machine> {
+    id: GroupId,
+    node: Arc<Node>,
+    raft: ThisRaft<M>,
+    replica: Arc<Replica<M>>,
+    log: Arc<GroupLog>,
+    leadership: watch::Receiver<Leadership>,
+    queue: mpsc::Sender<Proposal<M>>,
+    slots: Arc<Semaphore>,
+    bytes: Arc<Semaphore>,
+}
+
 impl<M: Machine> Group<M> {
+    /// Starts the tasks of a replica whose openraft runs already.
+    pub(crate) fn start(
+        id: GroupId,
+        node: Arc<Node>,
+        raft: ThisRaft<M>,
+        replica: Arc<Replica<M>>,
+        log: Arc<GroupLog>,
+    ) -> Group<M> {
+        let limits = &node.config.limits;
+        let slots = Arc::new(Semaphore::new(limits.proposals_in_flight));
+        let bytes = Arc::new(Semaphore::new(limits.proposal_bytes_in_flight.div_ceil(BYTES_UNIT)));
+        let (queue, proposals) = mpsc::channel(limits.proposals_in_flight);
+        let (announce, leadership) = watch::channel(Leadership::default());
+        let (completing, completed) = mpsc::channel(COMPLETING_MAX);
+        let retry = Duration::from_millis(node.config.timing.propose_retry_ms);
+        let sequencer = Sequencer { raft: raft.clone(), proposals, completing, retry };
+        let tasks: [BoxFuture<'static, ()>; 4] = [
+            sequencer.run().boxed(),
+            complete(completed).boxed(),
+            watch_leadership(node.clone(), id, raft.clone(), replica.applied(), announce).boxed(),
+            tend_snapshots(node.clone(), raft.clone(), log.clone()).boxed(),
+        ];
+        for task in tasks {
+            let stop = stopping(node.stop.subscribe());
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = stop => {}
+                    () = task => {}
+                }
+            });
+        }
+        Group { shared: Arc::new(Shared { id, node, raft, replica, log, leadership, queue, slots, bytes }) }
+    }
+
+    pub(crate) fn endpoint(&self) -> Arc<dyn Endpoint> {
+        Arc::new(Replies(self.shared.clone()))
+    }
+
     /// The group.
     pub fn id(&self) -> GroupId {
-        todo!()
+        self.shared.id
     }
 
     /// Replicates and applies one command.
@@ -39,52 +153,482 @@ impl<M: Machine> Group<M> {
         &self,
         command: Vec<u8>,
     ) -> impl Future<Output = Result<Applied<M::Reply>, ProposeError>> + Send + 'static {
-        let _ = command;
-        async { todo!() }
+        let queued = self.queue(command);
+        async move {
+            let lost = || ProposeError::Unknown("the replica stopped before the outcome was known".to_owned());
+            queued?.await.unwrap_or_else(|_| Err(lost()))
+        }
+    }
+
+    fn queue(&self, command: Vec<u8>) -> Result<oneshot::Receiver<Outcome<M>>, ProposeError> {
+        let shared = &*self.shared;
+        if let Some(message) = shared.node.fatal.get() {
+            return Err(ProposeError::Stopped(message));
+        }
+        let bytes_max = shared.node.config.limits.command_bytes_max;
+        if command.len() > bytes_max {
+            let error = format!("a command of {} bytes; at most {bytes_max} are allowed", command.len());
+            return Err(ProposeError::Refused(error));
+        }
+        let busy = |_| ProposeError::Refused("too many proposals are in flight".to_owned());
+        let units = u32::try_from(command.len().div_ceil(BYTES_UNIT)).unwrap_or(u32::MAX);
+        let slot = shared.slots.clone().try_acquire_owned().map_err(busy)?;
+        let bytes = shared.bytes.clone().try_acquire_many_owned(units).map_err(busy)?;
+        let (outcome, receiver) = oneshot::channel();
+        let proposal = Proposal { command: command.into(), outcome, _permits: (slot, bytes) };
+        // There is room: as many fit as there are slots.
+        let queued = shared.queue.try_send(proposal);
+        queued.map_err(|_| ProposeError::Stopped("the host was shut down".to_owned()))?;
+        Ok(receiver)
     }
 
     /// Confirms with a quorum, after the call began, that this replica leads, and waits until it has applied everything that
     /// was committed then. Gives that index.
     pub async fn read_barrier(&self) -> Result<u64, ReadError> {
-        todo!()
+        let patience = Duration::from_millis(self.shared.node.config.timing.read_timeout_ms);
+        let late = |_| ReadError::Unavailable("no quorum confirmed the leadership in time".to_owned());
+        timeout(patience, self.confirm()).await.unwrap_or_else(|error| Err(late(error)))
     }
 
-    /// Looks at the machine and its store between two applies. `look` must be quick: applying waits for it.
+    async fn confirm(&self) -> Result<u64, ReadError> {
+        let shared = &*self.shared;
+        let linearizer = shared.raft.get_read_linearizer(ReadPolicy::ReadIndex).await.map_err(read_error)?;
+        let index = linearizer.read_log_id().index();
+        let mut applied = shared.replica.applied();
+        let stopped = |_| ReadError::Stopped("the host was shut down".to_owned());
+        applied.wait_for(|applied| applied.is_some_and(|id| id.index >= index)).await.map_err(stopped)?;
+        Ok(index)
+    }
+
+    /// Looks at the machine and its store between two applies. `look` must be quick: applying waits for it. After the host
+    /// was shut down the store fails.
+    ///
+    /// # Panics
+    /// If the machine has panicked before.
     pub fn read<T>(&self, look: impl FnOnce(&M, &dyn Store) -> T) -> T {
-        let _ = look;
-        todo!()
+        self.shared.replica.read(look)
     }
 
     /// Who leads.
     pub fn leadership(&self) -> watch::Receiver<Leadership> {
-        todo!()
+        self.shared.leadership.clone()
     }
 
     /// How the group looks from here.
     pub fn status(&self) -> GroupStatus {
-        todo!()
+        let shared = &*self.shared;
+        let metrics = shared.raft.metrics().borrow_watched().clone();
+        let silent_after = Duration::from_millis(shared.node.config.timing.silent_after_ms);
+        let index = |id: Option<LogId>| id.map_or(0, |id| id.index);
+        GroupStatus {
+            group: shared.id,
+            term: metrics.current_term,
+            role: role(&metrics),
+            leader: metrics.current_leader.map(NodeId),
+            last_index: index(shared.log.last()),
+            committed_index: index(metrics.local_committed),
+            applied_index: index(*shared.replica.applied().borrow()),
+            position: shared.replica.position(),
+            snapshot_index: index(metrics.snapshot),
+            voters: metrics.membership_config.voter_ids().map(NodeId).collect::<BTreeSet<_>>().into_iter().collect(),
+            silent_voters: silent_voters(&metrics, silent_after),
+        }
     }
 
     /// Hands the leadership over to `to`, or to the voter that is furthest on. Gives the new leader.
     pub async fn transfer_leader(&self, to: Option<NodeId>) -> Result<NodeId, AdminError> {
-        let _ = to;
-        todo!()
+        let shared = &*self.shared;
+        let metrics = shared.raft.metrics().borrow_watched().clone();
+        let here = NodeId(metrics.id);
+        if metrics.state != ServerState::Leader {
+            return Err(AdminError::NotLeader { leader: metrics.current_leader.map(NodeId) });
+        }
+        let voters: BTreeSet<u64> = metrics.membership_config.voter_ids().collect();
+        let furthest = || {
+            let progress = metrics.replication.iter().flatten();
+            let others = progress.filter(|(id, _)| **id != here.0 && voters.contains(*id));
+            others.max_by_key(|(_, matched)| **matched).map(|(id, _)| NodeId(*id))
+        };
+        let Some(to) = to.or_else(furthest) else {
+            return Err(AdminError::Refused("there is nobody to hand over to".to_owned()));
+        };
+        if to == here {
+            return Ok(here);
+        }
+        if !voters.contains(&to.0) {
+            return Err(AdminError::Refused(format!("node {to} is no voter")));
+        }
+        shared.raft.trigger().transfer_leader(to.0).await.map_err(stopped)?;
+        let patience = Duration::from_millis(2 * shared.node.config.timing.election_timeout_max_ms);
+        let mut leadership = self.leadership();
+        let arrived = leadership.wait_for(|now| now.leader == Some(to));
+        match timeout(patience, arrived).await {
+            Ok(Ok(_)) => Ok(to),
+            Ok(Err(_)) => Err(AdminError::Stopped("the host was shut down".to_owned())),
+            Err(_) => Err(AdminError::Unknown(format!("node {to} hasn't taken over yet"))),
+        }
     }
 
     /// Makes a snapshot now. Gives the index of the last entry in it.
     pub async fn trigger_snapshot(&self) -> Result<u64, AdminError> {
-        todo!()
+        let shared = &*self.shared;
+        let wanted = *shared.replica.applied().borrow();
+        let Some(wanted) = wanted else {
+            return Err(AdminError::Refused("nothing was applied yet".to_owned()));
+        };
+        let mut metrics = shared.raft.metrics();
+        let deadline = Instant::now() + SNAPSHOT_PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(made) = metrics.borrow_watched().snapshot
+                && made >= wanted
+            {
+                return Ok(made.index);
+            }
+            // One that is being made already may be too old; then another is made after it.
+            shared.raft.trigger().snapshot().await.map_err(stopped)?;
+            let changed = timeout(LEADERSHIP_TICK, metrics.changed()).await;
+            if let Ok(Err(_)) = changed {
+                return Err(AdminError::Stopped("the host was shut down".to_owned()));
+            }
+        }
+        Err(AdminError::Unknown("the snapshot isn't ready yet".to_owned()))
     }
 
     /// Adds a replica without a vote, and waits until it has caught up.
     pub async fn add_learner(&self, node: NodeId, address: String) -> Result<(), AdminError> {
-        let _ = (node, address);
-        todo!()
+        let added = self.shared.raft.add_learner(node.0, BasicNode::new(address), true).await;
+        added.map(drop).map_err(admin_error)
     }
 
     /// Makes exactly `voters` vote. All must be replicas already. Those who no longer vote are removed.
     pub async fn change_membership(&self, voters: BTreeSet<NodeId>) -> Result<(), AdminError> {
-        let _ = voters;
-        todo!()
+        let voters: BTreeSet<u64> = voters.into_iter().map(|node| node.0).collect();
+        let changed = self.shared.raft.change_membership(voters, false).await;
+        changed.map(drop).map_err(admin_error)
     }
+
+    /// Founds the group, if nobody did before.
+    pub(crate) async fn found(&self, voters: &BTreeMap<NodeId, String>) -> Result<(), String> {
+        let members: BTreeMap<u64, BasicNode> =
+            voters.iter().map(|(id, address)| (id.0, BasicNode::new(address.clone()))).collect();
+        match self.shared.raft.initialize(members).await {
+            // Another founder was quicker.
+            Ok(()) | Err(RaftError::APIError(openraft::errors::InitializeError::NotAllowed(_))) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}
+
+fn role(metrics: &RaftMetrics<Types>) -> Role {
+    if metrics.running_state.is_err() {
+        return Role::Stopped;
+    }
+    match metrics.state {
+        ServerState::Leader => Role::Leader,
+        ServerState::Follower => Role::Follower,
+        ServerState::Candidate => Role::Candidate,
+        ServerState::Learner => Role::Learner,
+        ServerState::Shutdown => Role::Stopped,
+    }
+}
+
+fn silent_voters(metrics: &RaftMetrics<Types>, silent_after: Duration) -> Vec<NodeId> {
+    let Some(heard) = metrics.heartbeat.as_ref().filter(|_| metrics.state == ServerState::Leader) else {
+        return Vec::new();
+    };
+    let voters: BTreeSet<u64> = metrics.membership_config.voter_ids().collect();
+    let silent = voters.into_iter().filter(|id| *id != metrics.id).filter(|id| {
+        let last = heard.get(id).and_then(|last| last.as_ref());
+        last.is_none_or(|last| openraft::Instant::elapsed(&**last) > silent_after)
+    });
+    silent.map(NodeId).collect()
+}
+
+fn stopped(fatal: Fatal<Types>) -> AdminError {
+    AdminError::Stopped(fatal.to_string())
+}
+
+fn read_error(error: RaftError<Types, LinearizableReadError<Types>>) -> ReadError {
+    match error {
+        RaftError::APIError(LinearizableReadError::ForwardToLeader(forward)) => {
+            ReadError::NotLeader { leader: forward.leader_id.map(NodeId) }
+        }
+        RaftError::APIError(LinearizableReadError::QuorumNotEnough(error)) => {
+            ReadError::Unavailable(error.to_string())
+        }
+        RaftError::Fatal(fatal) => ReadError::Stopped(fatal.to_string()),
+    }
+}
+
+fn admin_error(error: RaftError<Types, ClientWriteError<Types>>) -> AdminError {
+    match error {
+        RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
+            AdminError::NotLeader { leader: forward.leader_id.map(NodeId) }
+        }
+        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => {
+            AdminError::Unknown("the leader changed".to_owned())
+        }
+        RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => {
+            let error: ChangeMembershipError<_, _> = error;
+            AdminError::Refused(error.to_string())
+        }
+        RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => AdminError::Refused(error.to_string()),
+        RaftError::Fatal(fatal) => AdminError::Stopped(fatal.to_string()),
+    }
+}
+
+type Results = BoxStream<'static, Result<WriteResult<Types>, Fatal<Types>>>;
+
+/// Proposals that openraft has taken in, and where their outcomes come from.
+struct Taken<M: Machine> {
+    proposals: Vec<Proposal<M>>,
+    results: Results,
+}
+
+struct Sequencer<M: Machine> {
+    raft: ThisRaft<M>,
+    proposals: mpsc::Receiver<Proposal<M>>,
+    completing: mpsc::Sender<Taken<M>>,
+    retry: Duration,
+}
+
+impl<M: Machine> Sequencer<M> {
+    async fn run(mut self) {
+        while let Some(first) = self.proposals.recv().await {
+            let mut bytes = first.command.len();
+            let mut together = vec![first];
+            while together.len() < TOGETHER_MAX && bytes < TOGETHER_BYTES_MAX {
+                let Ok(next) = self.proposals.try_recv() else { break };
+                bytes += next.command.len();
+                together.push(next);
+            }
+            match self.hand_in(&together).await {
+                Ok(results) => {
+                    let taken = Taken { proposals: together, results };
+                    if self.completing.send(taken).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    for proposal in together {
+                        // Whoever proposed may have given up.
+                        let _ = proposal.outcome.send(Err(error.clone()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Returns once openraft has taken in all of them, or none.
+    async fn hand_in(&self, together: &[Proposal<M>]) -> Result<Results, ProposeError> {
+        let deadline = Instant::now() + self.retry;
+        loop {
+            let commands: Vec<_> = together.iter().map(|proposal| Command(proposal.command.clone())).collect();
+            let handed_in = self.raft.client_write_many(commands).await;
+            let mut results = handed_in.map_err(|fatal| ProposeError::Stopped(fatal.to_string()))?;
+            // Requests are worked on in order. When this one is answered, the refusal of the one before it is there, if it
+            // was refused. (If openraft stops here, the results say so.)
+            let _ = self.raft.with_raft_state(|_| ()).await;
+            let refused = match results.next().now_or_never() {
+                Some(Some(Ok(Err(ClientWriteError::ForwardToLeader(forward))))) => forward,
+                Some(first) => return Ok(futures::stream::iter(first).chain(results).boxed()),
+                None => return Ok(results),
+            };
+            if refused.reason != ForwardReason::LeaseExpired || Instant::now() >= deadline {
+                return Err(ProposeError::NotLeader { leader: refused.leader_id.map(NodeId) });
+            }
+            sleep(RETRY).await;
+        }
+    }
+}
+
+/// Passes outcomes on, in the order of the log.
+async fn complete<M: Machine>(mut completed: mpsc::Receiver<Taken<M>>) {
+    while let Some(Taken { proposals, mut results }) = completed.recv().await {
+        for proposal in proposals {
+            let outcome = match results.next().await {
+                Some(Ok(Ok(written))) => match written.response.take::<M::Reply>() {
+                    Some(reply) => Ok(Applied { index: written.log_id.index, reply }),
+                    None => Err(ProposeError::Unknown("applied, but the reply was lost".to_owned())),
+                },
+                Some(Ok(Err(ClientWriteError::ForwardToLeader(forward)))) => {
+                    Err(ProposeError::NotLeader { leader: forward.leader_id.map(NodeId) })
+                }
+                Some(Ok(Err(error))) => Err(ProposeError::Unknown(error.to_string())),
+                Some(Err(fatal)) => Err(ProposeError::Unknown(fatal.to_string())),
+                None => Err(ProposeError::Unknown("the replica stopped".to_owned())),
+            };
+            // Whoever proposed may have given up.
+            let _ = proposal.outcome.send(outcome);
+        }
+    }
+}
+
+/// Tells who leads, and stops the node if openraft has met an error of its own.
+async fn watch_leadership<M: Machine>(
+    node: Arc<Node>,
+    group: GroupId,
+    raft: ThisRaft<M>,
+    mut applied: watch::Receiver<Option<LogId>>,
+    announce: watch::Sender<Leadership>,
+) {
+    let lease = Duration::from_millis(2 * node.config.timing.election_timeout_max_ms);
+    let mut metrics = raft.metrics();
+    loop {
+        let now = {
+            let metrics = metrics.borrow_and_update();
+            if let Err(fatal) = &metrics.running_state {
+                if !*node.stop.borrow() {
+                    node.fatal.raise(&format!("Raft group {group}: {fatal}"));
+                }
+                announce.send_replace(Leadership::default());
+                return;
+            }
+            let applied = *applied.borrow_and_update();
+            leadership(&metrics, applied, lease)
+        };
+        announce.send_if_modified(|before| {
+            let changed = *before != now;
+            *before = now;
+            changed
+        });
+        tokio::select! {
+            changed = metrics.changed() => if changed.is_err() { return },
+            // The applied index matters only while this replica waits to serve.
+            changed = applied.changed(), if !now.is_leader => if changed.is_err() { return },
+            () = sleep(LEADERSHIP_TICK) => {}
+        }
+    }
+}
+
+/// A leader can serve once an entry of its own leadership is applied, and as long as a quorum was heard of lately.
+fn leadership(metrics: &RaftMetrics<Types>, applied: Option<LogId>, lease: Duration) -> Leadership {
+    let leads = metrics.state == ServerState::Leader;
+    let caught_up = applied.is_some_and(|id| id.leader_id == metrics.vote.leader_id);
+    let alone = metrics.membership_config.voter_ids().count() == 1;
+    let heard = metrics.last_quorum_acked.is_some_and(|at| openraft::Instant::elapsed(&*at) < lease);
+    Leadership {
+        leader: metrics.current_leader.map(NodeId),
+        term: metrics.current_term,
+        is_leader: leads && caught_up && (alone || heard),
+    }
+}
+
+/// Makes snapshots when the log has grown, and purges what is behind them.
+async fn tend_snapshots<M: Machine>(node: Arc<Node>, raft: ThisRaft<M>, log: Arc<GroupLog>) {
+    let limits = &node.config.limits;
+    let mut metrics = raft.metrics();
+    let mut tended: Option<LogId> = None;
+    loop {
+        let (snapshot, applied) = {
+            let metrics = metrics.borrow_and_update();
+            (metrics.snapshot, metrics.last_applied)
+        };
+        if snapshot != tended {
+            tended = snapshot;
+            let point = snapshot.and_then(|id| log.purge_point(id.index, limits.keep_entries, limits.keep_bytes));
+            if let Some(upto) = point
+                && raft.trigger().purge_log(upto).await.is_err()
+            {
+                return;
+            }
+        }
+        let (entries, bytes) = log.size_after(snapshot.map(|id| id.index));
+        let due = entries >= limits.snapshot_after_entries || bytes >= limits.snapshot_after_bytes;
+        if due && applied > snapshot && raft.trigger().snapshot().await.is_err() {
+            return;
+        }
+        tokio::select! {
+            () = log.grown(), if !due => {}
+            changed = metrics.changed() => if changed.is_err() { return },
+        }
+        // Looking is cheap, but not so cheap that it should be done for each entry.
+        sleep(LEADERSHIP_TICK).await;
+    }
+}
+
+/// The replica as the transport sees it.
+struct Replies<M: Machine>(Arc<Shared<M>>);
+
+impl<M: Machine> Endpoint for Replies<M> {
+    fn handle(&self, asked: u32, body: Bytes) -> BoxFuture<'static, Result<Vec<u8>, String>> {
+        let raft = self.0.raft.clone();
+        Box::pin(async move {
+            match asked {
+                kind::APPEND => raft.append_entries(decode(&body)?).await.map(|r| encode(&r)).map_err(text),
+                kind::VOTE => raft.vote(decode(&body)?).await.map(|r| encode(&r)).map_err(text),
+                kind::PRE_VOTE => raft.pre_vote(decode(&body)?).await.map(|r| encode(&r)).map_err(text),
+                kind::TRANSFER => {
+                    raft.handle_transfer_leader(decode(&body)?).await.map(|r| encode(&r)).map_err(text)
+                }
+                unknown => Err(format!("unknown kind of message {unknown}")),
+            }
+        })
+    }
+
+    fn temporary(&self) -> std::path::PathBuf {
+        self.0.replica.snapshots.temporary()
+    }
+
+    fn install(&self, vote: Bytes, file: SnapshotFile) -> BoxFuture<'static, Result<Vec<u8>, String>> {
+        let (raft, group) = (self.0.raft.clone(), self.0.id);
+        Box::pin(async move {
+            let vote: Vote = decode(&vote)?;
+            let meta = snapshot::meta(&file, group).map_err(text)?;
+            let installed = raft.install_full_snapshot(vote, Snapshot { meta, snapshot: file }).await;
+            installed.map(|reply| encode(&reply)).map_err(text)
+        })
+    }
+
+    fn lost(&self, node: NodeId) -> BoxFuture<'static, ()> {
+        let shared = self.0.clone();
+        Box::pin(async move {
+            tokio::spawn(replace_lost_leader(shared, node));
+        })
+    }
+
+    fn stop(&self) -> BoxFuture<'static, ()> {
+        let shared = self.0.clone();
+        Box::pin(async move {
+            // It fails only if openraft has stopped already.
+            let _ = shared.raft.shutdown().await;
+            shared.replica.close();
+            shared.log.close();
+        })
+    }
+}
+
+/// The connection from the leader broke, as it does at once when its process ends. Everybody who notices forgets the
+/// leader's lease, and the next voter in order asks for a pre-vote: if a majority has lost the leader too, it is replaced
+/// without waiting for the lease to end. If the leader lives, its next heartbeat renews the lease, and nothing happens.
+async fn replace_lost_leader<M: Machine>(shared: Arc<Shared<M>>, node: NodeId) {
+    let heartbeat = Duration::from_millis(shared.node.config.timing.heartbeat_ms);
+    let led = |shared: &Shared<M>| {
+        let metrics = shared.raft.metrics().borrow_watched().clone();
+        (metrics.current_leader == Some(node.0)).then_some(metrics)
+    };
+    sleep(heartbeat / 2).await;
+    let Some(metrics) = led(&shared) else { return };
+    let forget = TransferLeaderRequest::new(metrics.vote, node.0, None);
+    if shared.raft.handle_transfer_leader(forget).await.is_err() {
+        return;
+    }
+    let voters: BTreeSet<u64> = metrics.membership_config.voter_ids().collect();
+    let next = voters.range(node.0 + 1..).next().or(voters.first());
+    if next != Some(&metrics.id) {
+        return;
+    }
+    sleep(heartbeat / 2).await;
+    if led(&shared).is_some() {
+        // An error means that openraft has stopped.
+        let _ = shared.raft.trigger().elect(true).await;
+    }
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    postcard::from_bytes(bytes).map_err(|error| format!("decode: {error}"))
+}
+
+fn text(error: impl ToString) -> String {
+    error.to_string()
 }

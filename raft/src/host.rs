@@ -1,14 +1,16 @@
 //! Everything of one node that has to do with Raft.
 
-use std::{collections::BTreeMap, pin::Pin, sync::Arc};
-
-use tokio::sync::watch;
-use tokio_stream::Stream;
-use tonic::{Request, Response, Status, Streaming};
-use verdict_proto::{
-    connect::Connect,
-    v1::{self, raft_server},
+use std::{
+    collections::BTreeMap,
+    fs,
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
 };
+
+use openraft::{Config, Raft, SnapshotPolicy};
+use tokio::sync::watch;
+use verdict_proto::{connect::Connect, v1::raft_server};
 use verdict_protocol::{
     ids::{GroupId, NodeId},
     machine::Machine,
@@ -16,76 +18,198 @@ use verdict_protocol::{
 
 use crate::{
     api::{HostConfig, HostError},
+    disk::{Disk, Identity, damaged, host_error, snapshot_directory},
+    fatal::Fatal,
     group::Group,
+    log::{GroupLog, LogStore},
+    network::Network,
+    node::Node,
+    peer::MESSAGE_BYTES_MAX,
+    replica::{Replica, StateMachine},
+    service::Service,
+    snapshot::{self, Snapshots},
+    writer::Writer,
 };
 
+/// How long closing waits for the last user of the database.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
+/// Entries in one message to a follower; its bytes are bounded as well.
+const ENTRIES_PER_MESSAGE: u64 = 1024;
+
 /// Everything of one node that has to do with Raft: the database, the log writer, the transport, the groups.
-pub struct Host {}
+pub struct Host {
+    node: Arc<Node>,
+    open: Mutex<Option<Open>>,
+}
+
+/// What is closed by [`Host::shutdown`].
+struct Open {
+    disk: Arc<Disk>,
+    writer: thread::JoinHandle<()>,
+}
 
 impl Host {
     /// Opens the directory, and starts the log writer and the transport. Groups are started one by one after it.
     pub async fn open(config: HostConfig, connect: Arc<dyn Connect>) -> Result<Host, HostError> {
-        let _ = (config, connect);
-        todo!()
+        let fatal = Fatal::new();
+        let (prepared, prepared_fatal) = (config.clone(), fatal.clone());
+        let opening = tokio::task::spawn_blocking(move || {
+            let config = prepared;
+            fs::create_dir_all(&config.directory).map_err(host_error)?;
+            let disk = Disk::open(&config.directory, config.limits.block_cache_bytes)?;
+            snapshot::clean_up(&snapshot_directory(&config.directory)).map_err(host_error)?;
+            let identity = Identity::establish(&disk, &config)?;
+            let known = disk.incarnations().map_err(host_error)?;
+            let queue = config.limits.writer_queue;
+            let (writer, thread) = Writer::start(disk.clone(), prepared_fatal, queue).map_err(host_error)?;
+            Ok((disk, identity, known, writer, thread))
+        });
+        let opened = opening.await.map_err(|error| HostError::Storage(error.to_string()))?;
+        let (disk, identity, known, writer, thread) = opened?;
+        let node = Arc::new(Node::new(config, identity, known, fatal, writer, connect));
+        Ok(Host { node, open: Mutex::new(Some(Open { disk, writer: thread })) })
     }
 
     /// Starts the replica of a group on this node, from disk if it was here before. `voters` (with their addresses) founds
     /// the group if this replica has neither a log nor a vote; all nodes may do so at the same time with the same voters.
+    /// A node that isn't among the voters waits until the group's leader adds it.
     pub async fn start_group<M: Machine>(
         &self,
         group: GroupId,
         machine: M::Config,
         voters: &BTreeMap<NodeId, String>,
     ) -> Result<Group<M>, HostError> {
-        let _ = (group, machine, voters);
-        todo!()
+        if let Some(message) = self.node.fatal.get() {
+            return Err(HostError::Stopped(message));
+        }
+        let (log, replica) = self.recover::<M>(group, machine).await?;
+        let pristine = log.is_pristine() && replica.applied().borrow().is_none();
+        let config = raft_config(&self.node.config)?;
+        let network = Network { node: self.node.clone(), group };
+        let store = LogStore::new(log.clone(), self.node.writer.clone());
+        let replica = Arc::new(replica);
+        let machine = StateMachine(replica.clone());
+        let raft = Raft::build(self.node.config.node.0, Arc::new(config), network, store, machine).await;
+        let raft = raft.map_err(|error| HostError::Storage(error.to_string()))?;
+        raft.run();
+        let started = Group::start(group, self.node.clone(), raft, replica, log);
+        {
+            let mut endpoints = self.node.endpoints.write().expect("nothing panics while it holds this lock");
+            endpoints.insert(group, started.endpoint());
+        }
+        if pristine && voters.contains_key(&self.node.config.node) {
+            started.found(voters).await.map_err(HostError::Storage)?;
+        }
+        Ok(started)
+    }
+
+    async fn recover<M: Machine>(
+        &self,
+        group: GroupId,
+        machine: M::Config,
+    ) -> Result<(Arc<GroupLog>, Replica<M>), HostError> {
+        let (disk, node) = (self.disk()?, self.node.clone());
+        let recovering = tokio::task::spawn_blocking(move || {
+            let limits = &node.config.limits;
+            let snapshots = Snapshots::open(&snapshot_directory(&node.config.directory), group)?;
+            let snapshot = snapshots.current().and_then(|(meta, _)| meta.last_log_id);
+            let log = GroupLog::open(disk.clone(), group, limits.tail_bytes)?;
+            let fatal = node.fatal.clone();
+            let replica = Replica::open(disk, group, machine, snapshots, limits.state_cache_bytes, fatal)?;
+            let applied = *replica.applied().borrow();
+            // The log is written before it is applied. It may be behind only if a snapshot was being installed.
+            if log.last() < applied && snapshot < applied {
+                let (last, applied) = (log.last(), applied);
+                return Err(damaged(&format!(
+                    "the log of group {group} ends at {last:?}, but {applied:?} was applied"
+                )));
+            }
+            Ok((log, replica))
+        });
+        let recovered = recovering.await.map_err(|error| HostError::Storage(error.to_string()))?;
+        recovered.map_err(host_error)
+    }
+
+    fn disk(&self) -> Result<Arc<Disk>, HostError> {
+        let open = self.open.lock().expect("nothing panics while it holds this lock");
+        let open = open.as_ref().ok_or_else(|| HostError::Stopped("the host was shut down".to_owned()))?;
+        Ok(open.disk.clone())
     }
 
     /// The gRPC service for other nodes' messages, to be added to the node's server.
     pub fn service(&self) -> raft_server::RaftServer<Service> {
-        todo!()
+        raft_server::RaftServer::new(Service::new(self.node.clone()))
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
-    /// The addresses of all nodes that were named as replicas of any group here.
+    /// The addresses of all other nodes that this one has reason to talk to.
     pub fn addresses(&self) -> BTreeMap<NodeId, String> {
-        todo!()
+        self.node.addresses()
     }
 
     /// This node.
     pub fn node(&self) -> NodeId {
-        todo!()
+        self.node.config.node
     }
 
     /// The message of the error that stops this node, once there is one: nothing is acknowledged after it, and the process
     /// should end.
     pub fn fatal(&self) -> watch::Receiver<Option<String>> {
-        todo!()
+        self.node.fatal.subscribe()
     }
 
-    /// Stops the groups, the writer and the transport, and closes the database.
+    /// Makes the next sync of the log fail, for tests.
+    #[doc(hidden)]
+    pub fn fail_next_sync(&self) {
+        self.node.writer.fail_next_sync();
+    }
+
+    /// Stops the groups, the writer and the transport, and closes the database. Handles of groups stay valid, but everything
+    /// asked of them fails.
     pub async fn shutdown(&self) {
-        todo!()
+        let taken = self.open.lock().expect("nothing panics while it holds this lock").take();
+        let Some(Open { disk, writer }) = taken else { return };
+        self.node.stop.send_replace(true);
+        for endpoint in self.node.all_endpoints() {
+            endpoint.stop().await;
+        }
+        self.node.endpoints.write().expect("nothing panics while it holds this lock").clear();
+        self.node.forget_peers();
+        self.node.writer.stop().await;
+        let closing = tokio::task::spawn_blocking(move || {
+            // A panic of the writer was its own message.
+            let _ = writer.join();
+            let begun = std::time::Instant::now();
+            while Arc::strong_count(&disk) > 1 && begun.elapsed() < CLOSE_PATIENCE {
+                thread::sleep(Duration::from_millis(1));
+            }
+            if Arc::strong_count(&disk) > 1 {
+                tracing::warn!("the database is still in use");
+            }
+        });
+        if let Err(error) = closing.await {
+            tracing::warn!(%error, "close the database");
+        }
     }
 }
 
-/// Serves the other nodes' messages.
-#[derive(Clone)]
-pub struct Service {}
-
-type Frames = Pin<Box<dyn Stream<Item = Result<v1::RaftFrame, Status>> + Send>>;
-
-#[tonic::async_trait]
-impl raft_server::Raft for Service {
-    type ExchangeStream = Frames;
-
-    async fn exchange(&self, _: Request<Streaming<v1::RaftFrame>>) -> Result<Response<Frames>, Status> {
-        todo!()
-    }
-
-    async fn snapshot(
-        &self,
-        _: Request<Streaming<v1::SnapshotChunk>>,
-    ) -> Result<Response<v1::SnapshotReply>, Status> {
-        todo!()
-    }
+fn raft_config(config: &HostConfig) -> Result<Config, HostError> {
+    let timing = &config.timing;
+    let raft = Config {
+        cluster_name: config.cluster.clone(),
+        heartbeat_interval: timing.heartbeat_ms,
+        election_timeout_min: timing.election_timeout_min_ms,
+        election_timeout_max: timing.election_timeout_max_ms,
+        install_snapshot_timeout: timing.snapshot_timeout_ms,
+        max_payload_entries: ENTRIES_PER_MESSAGE,
+        // Snapshots are triggered and the log is purged by `tend_snapshots`, which counts bytes as well.
+        snapshot_policy: SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: u64::MAX,
+        enable_pre_vote: Some(true),
+        // A restarted leader has lost what it kept in memory: it must not go on in its old term.
+        enable_leader_restore: Some(false),
+        ..Config::default()
+    };
+    raft.validate().map_err(|error| HostError::Config(error.to_string()))
 }

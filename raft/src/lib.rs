@@ -1,9 +1,42 @@
 //! Hosts any replicated state machine as a Raft group.
+//!
+//! A node opens one [`Host`]: one database, one log writer, one stream to each other node. On it run any number of groups,
+//! each a [`Group`] around a [`verdict_protocol::machine::Machine`]. Nothing but this crate names openraft or RocksDB.
+//!
+//! The way of a proposal: [`Group::start_propose`] queues it; the sequencer (`group`) hands it to openraft; the log (`log`)
+//! keeps it in memory and passes it to the writer (`writer`), which syncs it together with all else that waits, while it
+//! travels to the followers (`network`, `peer`, `service`); once a majority has it on disk it is applied (`replica`), and
+//! the machine's answer goes back to whoever proposed.
+//!
+//! Invariants:
+//! - Votes, entries, truncations and purges are on disk before anybody is told (R9), and the first error on that way stops
+//!   the node for good.
+//! - A state change, the applied index and the running hash are one atomic write (R5).
+//! - Everything has a bound: queues, messages in flight, memory for recent entries, the log on disk.
+//! - No lock is held across an await.
+//! - A node is who its disk says it is: another disk under the same id is refused by all who knew the first.
+//!
+//! The formats on disk are described in `docs/storage.md`.
 
 mod api;
+mod disk;
+mod fatal;
 mod group;
 mod host;
+mod log;
+mod network;
+mod node;
+mod peer;
+mod replica;
+mod service;
+mod snapshot;
+mod state;
+#[cfg(test)]
+mod suite;
+mod types;
+mod writer;
 
 pub use api::*;
 pub use group::Group;
-pub use host::{Host, Service};
+pub use host::Host;
+pub use service::Service;

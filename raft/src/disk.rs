@@ -1,0 +1,262 @@
+//! The database of a node: its column families, its keys, its identity.
+//!
+//! All formats are described in `docs/storage.md`.
+//!
+//! Invariants:
+//! - Every value carries a version byte; those of `log` and `meta` carry a checksum over key and contents as well.
+//! - A value that doesn't check out is an error, never an absent value.
+//! - All column families share RocksDB's one write-ahead log: whoever syncs a write has synced every write before it. So
+//!   the state, which is written without sync, is never behind a purge, which is synced.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rocksdb::{BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Options};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use verdict_protocol::ids::{GroupId, NodeId};
+
+use crate::{
+    api::{HostConfig, HostError},
+    types::checksum,
+};
+
+const LOG: &str = "log";
+const META: &str = "meta";
+const STATE: &str = "state";
+
+/// Version byte of every value in `log` and `meta`.
+const VERSION: u8 = 1;
+/// Version byte and checksum stand before the contents.
+const HEADER_BYTES: usize = 9;
+
+/// Memtables: small ones would be flushed all the time, large ones make recovery slow.
+const LOG_MEMTABLE_BYTES: usize = 64 << 20;
+const STATE_MEMTABLE_BYTES: usize = 32 << 20;
+/// The write-ahead log is cut when it reaches this size in all.
+const WAL_BYTES_MAX: u64 = 512 << 20;
+
+/// The node's database.
+pub(crate) struct Disk {
+    db: DB,
+}
+
+impl Disk {
+    /// Opens or makes the database below `directory`.
+    pub(crate) fn open(directory: &Path, block_cache_bytes: usize) -> Result<Arc<Disk>, HostError> {
+        let path = directory.join("db");
+        let mut options = Options::default();
+        options.create_if_missing(true);
+        options.create_missing_column_families(true);
+        options.set_paranoid_checks(true);
+        // Damage inside the write-ahead log is an error; only a torn last record is its end.
+        options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+        options.set_track_and_verify_wals_in_manifest(true);
+        options.set_max_total_wal_size(WAL_BYTES_MAX);
+        options.set_max_background_jobs(2);
+        options.set_keep_log_file_num(2);
+        options.set_max_open_files(512);
+        let cache = Cache::new_lru_cache(block_cache_bytes);
+        let family = |name, memtable_bytes| {
+            let mut table = BlockBasedOptions::default();
+            table.set_block_cache(&cache);
+            table.set_bloom_filter(10.0, false);
+            let mut options = Options::default();
+            options.set_block_based_table_factory(&table);
+            options.set_write_buffer_size(memtable_bytes);
+            options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+            ColumnFamilyDescriptor::new(name, options)
+        };
+        let families =
+            [family(LOG, LOG_MEMTABLE_BYTES), family(META, 1 << 20), family(STATE, STATE_MEMTABLE_BYTES)];
+        match DB::open_cf_descriptors(&options, &path, families) {
+            Ok(db) => Ok(Arc::new(Disk { db })),
+            Err(error) => Err(open_error(&path, error)),
+        }
+    }
+
+    pub(crate) fn db(&self) -> &DB {
+        &self.db
+    }
+
+    pub(crate) fn log(&self) -> &ColumnFamily {
+        self.family(LOG)
+    }
+
+    pub(crate) fn meta(&self) -> &ColumnFamily {
+        self.family(META)
+    }
+
+    pub(crate) fn state(&self) -> &ColumnFamily {
+        self.family(STATE)
+    }
+
+    fn family(&self, name: &str) -> &ColumnFamily {
+        self.db.cf_handle(name).expect("all column families are made when the database is opened")
+    }
+
+    /// Reads a value of `meta`.
+    pub(crate) fn read_meta<T: DeserializeOwned>(&self, key: &[u8]) -> io::Result<Option<T>> {
+        match self.db.get_cf(self.meta(), key).map_err(io_error)? {
+            None => Ok(None),
+            Some(value) => unseal(key, &value).map(Some),
+        }
+    }
+
+    /// Writes a value of `meta`, synced.
+    pub(crate) fn write_meta<T: Serialize>(&self, key: &[u8], value: &T) -> io::Result<()> {
+        self.db.put_cf(self.meta(), key, seal(key, value)).map_err(io_error)?;
+        self.db.flush_wal(true).map_err(io_error)
+    }
+
+    /// The incarnations of other nodes, as first seen.
+    pub(crate) fn incarnations(&self) -> io::Result<BTreeMap<u64, Vec<u8>>> {
+        let mut known = BTreeMap::new();
+        let mut iterator = self.db.raw_iterator_cf(self.meta());
+        iterator.seek([INCARNATION]);
+        while let Some((key, value)) = iterator.item() {
+            if key.first() != Some(&INCARNATION) {
+                break;
+            }
+            let id = key[1..].try_into().map_err(|_| damaged("key of an incarnation"))?;
+            known.insert(u64::from_be_bytes(id), unseal(key, value)?);
+            iterator.next();
+        }
+        iterator.status().map_err(io_error)?;
+        Ok(known)
+    }
+}
+
+fn open_error(path: &Path, error: rocksdb::Error) -> HostError {
+    match error.kind() {
+        rocksdb::ErrorKind::Corruption => HostError::Damaged(error.to_string()),
+        _ if error.to_string().to_lowercase().contains("lock") => HostError::Locked(path.to_path_buf()),
+        _ => HostError::Storage(error.to_string()),
+    }
+}
+
+const IDENTITY: &[u8] = &[0x01];
+const INCARNATION: u8 = 0x02;
+const GROUP: u8 = 0x10;
+
+/// What one group keeps in `meta`.
+#[derive(Clone, Copy)]
+pub(crate) enum GroupKey {
+    /// The vote.
+    Vote = 1,
+    /// The last purged log id.
+    Purged = 2,
+    /// The committed log id; may lag.
+    Committed = 3,
+    /// The generation of the state that counts.
+    Generation = 4,
+}
+
+/// The key of a group's value in `meta`.
+pub(crate) fn group_key(group: GroupId, key: GroupKey) -> [u8; 6] {
+    let id = group.0.to_be_bytes();
+    [GROUP, id[0], id[1], id[2], id[3], key as u8]
+}
+
+/// The key in `meta` of another node's incarnation.
+pub(crate) fn incarnation_key(node: u64) -> [u8; 9] {
+    let mut key = [INCARNATION; 9];
+    key[1..].copy_from_slice(&node.to_be_bytes());
+    key
+}
+
+/// The key of an entry in `log`.
+pub(crate) fn log_key(group: GroupId, index: u64) -> [u8; 12] {
+    let mut key = [0; 12];
+    key[..4].copy_from_slice(&group.0.to_be_bytes());
+    key[4..].copy_from_slice(&index.to_be_bytes());
+    key
+}
+
+/// Version, checksum over key and contents, contents.
+pub(crate) fn seal<T: Serialize>(key: &[u8], value: &T) -> Vec<u8> {
+    let mut sealed = vec![0; HEADER_BYTES];
+    sealed = postcard::to_extend(value, sealed).expect("encoding into memory can't fail");
+    sealed[0] = VERSION;
+    let sum = checksum(&[key, &sealed[HEADER_BYTES..]]);
+    sealed[1..HEADER_BYTES].copy_from_slice(&sum);
+    sealed
+}
+
+/// The contents of what [`seal`] made.
+pub(crate) fn unseal<T: DeserializeOwned>(key: &[u8], sealed: &[u8]) -> io::Result<T> {
+    let what = || format!("the value of key {}", hex(key));
+    if sealed.len() < HEADER_BYTES {
+        return Err(damaged(&format!("{} is cut", what())));
+    }
+    if sealed[0] != VERSION {
+        return Err(damaged(&format!("{} has unknown version {}", what(), sealed[0])));
+    }
+    if checksum(&[key, &sealed[HEADER_BYTES..]]) != sealed[1..HEADER_BYTES] {
+        return Err(damaged(&format!("{} fails its checksum", what())));
+    }
+    postcard::from_bytes(&sealed[HEADER_BYTES..]).map_err(|error| damaged(&format!("{}: {error}", what())))
+}
+
+/// Who this disk belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pub(crate) cluster: String,
+    pub(crate) node: u64,
+    /// Random, made with the disk.
+    pub(crate) incarnation: Vec<u8>,
+}
+
+impl Identity {
+    /// Reads the identity, or makes it on a fresh disk.
+    pub(crate) fn establish(disk: &Disk, config: &HostConfig) -> Result<Identity, HostError> {
+        if let Some(identity) = disk.read_meta::<Identity>(IDENTITY).map_err(host_error)? {
+            if identity.cluster != config.cluster || NodeId(identity.node) != config.node {
+                return Err(HostError::Config(format!(
+                    "{} belongs to node {} of cluster {:?}, not to node {} of cluster {:?}",
+                    config.directory.display(),
+                    identity.node,
+                    identity.cluster,
+                    config.node,
+                    config.cluster
+                )));
+            }
+            return Ok(identity);
+        }
+        let incarnation = uuid::Uuid::new_v4().as_bytes().to_vec();
+        let identity = Identity { cluster: config.cluster.clone(), node: config.node.0, incarnation };
+        disk.write_meta(IDENTITY, &identity).map_err(host_error)?;
+        Ok(identity)
+    }
+}
+
+/// Where snapshots are kept.
+pub(crate) fn snapshot_directory(directory: &Path) -> PathBuf {
+    directory.join("snapshots")
+}
+
+pub(crate) fn io_error(error: rocksdb::Error) -> io::Error {
+    match error.kind() {
+        rocksdb::ErrorKind::Corruption => damaged(&error.to_string()),
+        _ => io::Error::other(error.to_string()),
+    }
+}
+
+/// What is on the disk isn't what was written.
+pub(crate) fn damaged(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("damaged: {what}"))
+}
+
+pub(crate) fn host_error(error: io::Error) -> HostError {
+    match error.kind() {
+        io::ErrorKind::InvalidData => HostError::Damaged(error.to_string()),
+        _ => HostError::Storage(error.to_string()),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,220 @@
+//! openraft's network, over the streams between nodes.
+//!
+//! Appends are pipelined: while earlier ones wait for their answers, later ones are on their way, in order. Pre-votes are
+//! really asked. Every answer has a deadline of ours.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use futures::{
+    Stream, StreamExt,
+    future::{BoxFuture, Either, select},
+    stream::BoxStream,
+};
+use openraft::{
+    BasicNode, OptionalSend, RaftNetworkFactory, RaftNetworkV2,
+    alias::SnapshotOf,
+    errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable},
+    network::RPCOption,
+    raft::{
+        AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
+        TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
+    },
+};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{sync::oneshot, time::timeout};
+use verdict_proto::v1;
+use verdict_protocol::ids::GroupId;
+
+use crate::{
+    node::Node,
+    peer::{self, Answer, Peer, kind},
+    snapshot::SnapshotFile,
+    types::{LogId, Types, Vote},
+};
+
+/// Appends to one follower that wait for their answers.
+const APPENDS_IN_FLIGHT: usize = 64;
+/// A snapshot travels in pieces of this size.
+const SNAPSHOT_CHUNK_BYTES: usize = 512 << 10;
+
+type Error = RPCError<Types>;
+
+/// Makes the ways to the other replicas of a group.
+pub(crate) struct Network {
+    pub(crate) node: Arc<Node>,
+    pub(crate) group: GroupId,
+}
+
+impl RaftNetworkFactory<Types> for Network {
+    type Network = Line;
+
+    async fn new_client(&mut self, target: u64, node: &BasicNode) -> Line {
+        let peer = self.node.peer(target, &node.addr);
+        Line { node: self.node.clone(), peer, group: self.group.0 }
+    }
+}
+
+/// The way to another replica of a group.
+pub(crate) struct Line {
+    node: Arc<Node>,
+    peer: Arc<Peer>,
+    group: u32,
+}
+
+impl Line {
+    async fn call<Request: Serialize, Reply: DeserializeOwned>(
+        &self,
+        kind: u32,
+        request: &Request,
+        patience: Duration,
+    ) -> Result<Reply, Error> {
+        let asked = async {
+            let answer = self.peer.request(self.group, kind, encode(request)).await;
+            wait(answer, patience).await
+        };
+        timeout(patience, asked).await.unwrap_or_else(|_| Err(late()))
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_millis(self.node.config.timing.request_timeout_ms)
+    }
+
+    async fn send_snapshot(&self, vote: &Vote, snapshot: &SnapshotFile) -> Result<SnapshotResponse<Types>, Error> {
+        let first = v1::SnapshotChunk {
+            hello: Some(self.node.hello(self.peer.id())),
+            group: self.group,
+            header: encode(vote).into(),
+            data: Default::default(),
+        };
+        let file = snapshot.clone();
+        // A piece that can't be read ends the stream early; the other side finds the file cut.
+        let pieces = futures::stream::unfold(0, move |offset| {
+            let file = file.clone();
+            async move {
+                let read = tokio::task::spawn_blocking(move || file.read_at(offset, SNAPSHOT_CHUNK_BYTES));
+                let data = read.await.ok()?.ok().filter(|data| !data.is_empty())?;
+                let next = offset + data.len() as u64;
+                Some((v1::SnapshotChunk { data: data.into(), ..Default::default() }, next))
+            }
+        });
+        let chunks = futures::stream::once(async { first }).chain(pieces);
+        let mut client = peer::client(&self.node, self.peer.address()).map_err(unreachable)?;
+        let reply = client.snapshot(chunks).await.map_err(|status| {
+            peer::heed(&self.node, &status);
+            unreachable(status.to_string())
+        })?;
+        decode(&reply.into_inner().body)
+    }
+}
+
+impl RaftNetworkV2<Types> for Line {
+    type SnapshotData = SnapshotFile;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<Types>,
+        _: RPCOption,
+    ) -> Result<AppendEntriesResponse<Types>, Error> {
+        self.call(kind::APPEND, &rpc, self.patience()).await
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        _: RPCOption,
+    ) -> BoxFuture<'s, Result<BoxStream<'s, Result<StreamAppendResult<Types>, Error>>, Error>>
+    where
+        S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
+    {
+        let (line, patience): (&'s Line, Duration) = (self, self.patience());
+        // Requests are handed in one after the other, so they keep their order; only the answers are waited for together.
+        let asked = input.then(move |request| async move {
+            let (prev, last) = range(&request);
+            let answer = line.peer.request(line.group, kind::APPEND, encode(&request)).await;
+            async move {
+                let reply = wait::<AppendEntriesResponse<Types>>(answer, patience).await?;
+                Ok((reply.into_stream_result(prev, last), last))
+            }
+        });
+        // After a refusal or a failure the rest makes no sense: the stream ends, and openraft begins another.
+        let results = asked.buffered(APPENDS_IN_FLIGHT).scan(true, |go_on, item: Result<_, Error>| {
+            if !*go_on {
+                return std::future::ready(None);
+            }
+            let item = item.map(|(result, last)| {
+                *go_on = matches!(&result, Ok(reached) if *reached == last);
+                result
+            });
+            *go_on &= item.is_ok();
+            std::future::ready(Some(item))
+        });
+        let results: BoxStream<'s, _> = Box::pin(results);
+        Box::pin(std::future::ready(Ok(results)))
+    }
+
+    async fn vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Result<VoteResponse<Types>, Error> {
+        self.call(kind::VOTE, &rpc, option.soft_ttl()).await
+    }
+
+    async fn pre_vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Result<VoteResponse<Types>, Error> {
+        self.call(kind::PRE_VOTE, &rpc, option.soft_ttl()).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: SnapshotOf<Types, SnapshotFile>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _: RPCOption,
+    ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
+        let patience = Duration::from_millis(self.node.config.timing.snapshot_timeout_ms);
+        let sent = timeout(patience, self.send_snapshot(&vote, &snapshot.snapshot));
+        match select(Box::pin(sent), Box::pin(cancel)).await {
+            Either::Left((Ok(reply), _)) => Ok(reply?),
+            Either::Left((Err(_), _)) => Err(late().into()),
+            Either::Right((closed, _)) => Err(closed.into()),
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        request: TransferLeaderRequest<Types>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<Types>, Error> {
+        self.call(kind::TRANSFER, &request, option.soft_ttl()).await
+    }
+}
+
+fn range(request: &AppendEntriesRequest<Types>) -> (Option<LogId>, Option<LogId>) {
+    let last = request.entries.last().map(|entry| entry.log_id).or(request.prev_log_id);
+    (request.prev_log_id, last)
+}
+
+async fn wait<Reply: DeserializeOwned>(
+    answer: oneshot::Receiver<Answer>,
+    patience: Duration,
+) -> Result<Reply, Error> {
+    match timeout(patience, answer).await {
+        Ok(Ok(Answer::Reply(body))) => decode(&body),
+        Ok(Ok(Answer::Error(why))) => Err(NetworkError::from_string(why).into()),
+        Ok(Err(_)) => Err(unreachable("no connection".to_owned())),
+        Err(_) => Err(late()),
+    }
+}
+
+fn late() -> Error {
+    NetworkError::from_string("no answer in time").into()
+}
+
+fn unreachable(why: String) -> Error {
+    Unreachable::from_string(why).into()
+}
+
+/// The bodies of messages are in postcard's format.
+pub(crate) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    postcard::to_stdvec(value).expect("encoding into memory can't fail")
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    postcard::from_bytes(bytes).map_err(|error| NetworkError::from_string(format!("decode: {error}")).into())
+}

@@ -1,0 +1,187 @@
+//! What all parts of a host share: who this node is, whom it knows, whether it must stop.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard, RwLock},
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use tokio::sync::watch;
+use verdict_proto::{connect::Connect, v1};
+use verdict_protocol::ids::{GroupId, NodeId};
+
+use crate::{
+    api::HostConfig,
+    disk::{Identity, incarnation_key, seal},
+    fatal::Fatal,
+    peer::Peer,
+    snapshot::SnapshotFile,
+    writer::{Operation, Writer},
+};
+
+/// A replica, whatever its machine, as the transport sees it.
+pub(crate) trait Endpoint: Send + Sync {
+    /// Answers a request of another node. The request takes its place in line when the future is first polled.
+    fn handle(&self, kind: u32, body: Bytes) -> BoxFuture<'static, Result<Vec<u8>, String>>;
+
+    /// A name for a file that is being received.
+    fn temporary(&self) -> std::path::PathBuf;
+
+    /// Installs a snapshot that was received whole.
+    fn install(&self, vote: Bytes, file: SnapshotFile) -> BoxFuture<'static, Result<Vec<u8>, String>>;
+
+    /// The connection from that node was lost.
+    fn lost(&self, node: NodeId) -> BoxFuture<'static, ()>;
+
+    /// Stops the replica, and lets go of the database.
+    fn stop(&self) -> BoxFuture<'static, ()>;
+}
+
+/// Why another node isn't listened to.
+#[derive(Debug)]
+pub(crate) enum Refusal {
+    /// It was configured for something else.
+    Stranger(String),
+    /// It has another disk than before.
+    OtherDisk(String),
+    /// This node has stopped.
+    Stopped(String),
+}
+
+/// What all parts of a host share.
+pub(crate) struct Node {
+    pub(crate) config: HostConfig,
+    pub(crate) identity: Identity,
+    pub(crate) fatal: Fatal,
+    pub(crate) writer: Writer,
+    pub(crate) connect: Arc<dyn Connect>,
+    /// True once the host stops.
+    pub(crate) stop: watch::Sender<bool>,
+    pub(crate) endpoints: RwLock<BTreeMap<GroupId, Arc<dyn Endpoint>>>,
+    known: Mutex<BTreeMap<u64, Vec<u8>>>,
+    peers: Mutex<BTreeMap<u64, Arc<Peer>>>,
+}
+
+impl Node {
+    pub(crate) fn new(
+        config: HostConfig,
+        identity: Identity,
+        known: BTreeMap<u64, Vec<u8>>,
+        fatal: Fatal,
+        writer: Writer,
+        connect: Arc<dyn Connect>,
+    ) -> Node {
+        Node {
+            config,
+            identity,
+            fatal,
+            writer,
+            connect,
+            stop: watch::Sender::new(false),
+            endpoints: RwLock::default(),
+            known: Mutex::new(known),
+            peers: Mutex::default(),
+        }
+    }
+
+    /// The greeting to `to`.
+    pub(crate) fn hello(&self, to: u64) -> v1::Hello {
+        v1::Hello {
+            cluster: self.identity.cluster.clone(),
+            node: self.identity.node,
+            to,
+            incarnation: self.identity.incarnation.clone().into(),
+        }
+    }
+
+    /// Checks a greeting. The first incarnation of a node that was ever seen is remembered, durably, before anything else is
+    /// heard from it.
+    pub(crate) async fn check_hello(&self, hello: &v1::Hello) -> Result<(), Refusal> {
+        if let Some(message) = self.fatal.get() {
+            return Err(Refusal::Stopped(message));
+        }
+        if hello.cluster != self.identity.cluster {
+            return Err(Refusal::Stranger(format!(
+                "node {} belongs to cluster {:?}, node {} to cluster {:?}",
+                hello.node, hello.cluster, self.identity.node, self.identity.cluster
+            )));
+        }
+        if hello.to != self.identity.node {
+            return Err(Refusal::Stranger(format!(
+                "node {} was reached where node {} was expected",
+                self.identity.node, hello.to
+            )));
+        }
+        let fresh = {
+            let mut known = lock(&self.known);
+            match known.get(&hello.node) {
+                Some(incarnation) if *incarnation == hello.incarnation[..] => false,
+                Some(_) => {
+                    return Err(Refusal::OtherDisk(format!(
+                        "node {} came back with another disk; give it a new node id",
+                        hello.node
+                    )));
+                }
+                None => {
+                    known.insert(hello.node, hello.incarnation.to_vec());
+                    true
+                }
+            }
+        };
+        if fresh { self.remember(hello).await.map_err(|error| Refusal::Stopped(error.to_string())) } else { Ok(()) }
+    }
+
+    async fn remember(&self, hello: &v1::Hello) -> io::Result<()> {
+        let key = incarnation_key(hello.node);
+        let value = seal(&key, &hello.incarnation.to_vec());
+        self.writer.perform(|done| Operation::Meta { key: key.to_vec(), value, done }).await
+    }
+
+    /// The way to another node. A new address replaces the old one.
+    pub(crate) fn peer(self: &Arc<Node>, id: u64, address: &str) -> Arc<Peer> {
+        let mut peers = lock(&self.peers);
+        match peers.get(&id) {
+            Some(peer) if peer.address() == address => peer.clone(),
+            _ => {
+                let peer = Peer::start(self.clone(), id, address);
+                peers.insert(id, peer.clone());
+                peer
+            }
+        }
+    }
+
+    /// The addresses of all nodes that this one has reason to talk to.
+    pub(crate) fn addresses(&self) -> BTreeMap<NodeId, String> {
+        let peers = lock(&self.peers);
+        peers.iter().map(|(id, peer)| (NodeId(*id), peer.address().to_owned())).collect()
+    }
+
+    /// Forgets all peers, so that their tasks end.
+    pub(crate) fn forget_peers(&self) {
+        lock(&self.peers).clear();
+    }
+
+    /// The replica of a group.
+    pub(crate) fn endpoint(&self, group: u32) -> Option<Arc<dyn Endpoint>> {
+        let endpoints = self.endpoints.read().expect("nothing panics while it holds this lock");
+        endpoints.get(&GroupId(group)).cloned()
+    }
+
+    /// All replicas, in the order of their groups.
+    pub(crate) fn all_endpoints(&self) -> Vec<Arc<dyn Endpoint>> {
+        let endpoints = self.endpoints.read().expect("nothing panics while it holds this lock");
+        endpoints.values().cloned().collect()
+    }
+}
+
+/// Waits until the host stops.
+pub(crate) async fn stopping(mut stop: watch::Receiver<bool>) {
+    // An error means that the host is gone.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while it holds this lock")
+}

@@ -1,0 +1,273 @@
+//! The state machine of one group as openraft uses it: applies entries, makes and installs snapshots.
+//!
+//! Invariants:
+//! - All changes of the entries that are applied together, the applied log id and the membership are one atomic write (R5).
+//! - Nobody looks at the machine between the first and the last entry of such a write.
+//! - An error or a panic inside `apply` stops the node: the replica must not go on from a state that others don't have.
+//! - A snapshot is installed beside the state that counts, and counts from one synced write on.
+
+use std::{
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use futures::{Stream, StreamExt};
+use openraft::{
+    EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapshot,
+    storage::{ApplyResponder, EntryResponder, RaftStateMachine},
+};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+use verdict_protocol::{
+    ids::GroupId,
+    machine::{self, Machine, Position},
+    store::Store,
+};
+
+use crate::{
+    disk::{Disk, GroupKey, group_key},
+    fatal::Fatal,
+    snapshot::{SnapshotFile, Snapshots},
+    state::{AppliedState, GroupStore, remove_other_generations},
+    types::{Entry, LogId, Reply, SnapshotMeta, StoredMembership, Types},
+};
+
+/// Entries that are applied together, at most.
+const APPLY_ENTRIES_MAX: usize = 256;
+const APPLY_BYTES_MAX: usize = 4 << 20;
+
+/// The machine of a group on this node, with its state.
+pub(crate) struct Replica<M: Machine> {
+    group: GroupId,
+    config: M::Config,
+    cache_bytes: usize,
+    core: Mutex<Core<M>>,
+    applied: watch::Sender<Option<LogId>>,
+    pub(crate) snapshots: Snapshots,
+    fatal: Fatal,
+}
+
+struct Core<M> {
+    machine: M,
+    store: GroupStore,
+    state: AppliedState,
+    generation: u32,
+    disk: Option<Arc<Disk>>,
+}
+
+impl<M: Machine> Replica<M> {
+    pub(crate) fn open(
+        disk: Arc<Disk>,
+        group: GroupId,
+        config: M::Config,
+        snapshots: Snapshots,
+        cache_bytes: usize,
+        fatal: Fatal,
+    ) -> io::Result<Replica<M>> {
+        let generation = disk.read_meta(&group_key(group, GroupKey::Generation))?.unwrap_or(0);
+        remove_other_generations(&disk, group, generation)?;
+        let core = Core::open(disk, group, generation, &config, cache_bytes)?;
+        let applied = watch::Sender::new(core.state.applied);
+        Ok(Replica { group, config, cache_bytes, core: Mutex::new(core), applied, snapshots, fatal })
+    }
+
+    /// Looks at the machine and its store between two applies.
+    pub(crate) fn read<T>(&self, look: impl FnOnce(&M, &dyn Store) -> T) -> T {
+        let core = self.lock();
+        look(&core.machine, &core.store)
+    }
+
+    /// Where the machine stands. Zero after the host was shut down.
+    pub(crate) fn position(&self) -> Position {
+        machine::position(&self.lock().store).unwrap_or_default()
+    }
+
+    /// The last applied log id, and its changes.
+    pub(crate) fn applied(&self) -> watch::Receiver<Option<LogId>> {
+        self.applied.subscribe()
+    }
+
+    /// Lets go of the database.
+    pub(crate) fn close(&self) {
+        self.snapshots.stop();
+        // After a panic inside the machine there is still the database to let go of.
+        let mut core = self.core.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        core.store.close();
+        core.disk = None;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Core<M>> {
+        self.core.lock().expect("the machine panicked earlier, and the node has stopped")
+    }
+
+    fn disk(&self) -> io::Result<(Arc<Disk>, u32)> {
+        let core = self.lock();
+        let disk = core.disk.clone().ok_or_else(|| io::Error::other("the host was shut down"))?;
+        Ok((disk, core.generation))
+    }
+
+    fn apply_together(&self, entries: Vec<(Entry, Option<ApplyResponder<Types>>)>) -> io::Result<()> {
+        self.fatal.check()?;
+        let mut replies = Vec::with_capacity(entries.len());
+        let applied = {
+            let mut core = self.lock();
+            for (entry, responder) in entries {
+                let reply = core.apply_one(entry, responder.is_some())?;
+                if let Some(responder) = responder {
+                    replies.push((responder, reply));
+                }
+            }
+            let core = &mut *core;
+            core.store.commit(&core.state)?;
+            core.state.applied
+        };
+        self.applied.send_replace(applied);
+        for (responder, reply) in replies {
+            responder.send(reply);
+        }
+        Ok(())
+    }
+
+    /// Applies, and stops the node if that fails.
+    fn apply_or_stop(&self, entries: Vec<(Entry, Option<ApplyResponder<Types>>)>) -> io::Result<()> {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.apply_together(entries)));
+        let outcome = outcome.unwrap_or_else(|_| Err(io::Error::other("the machine panicked")));
+        if let Err(error) = &outcome {
+            self.fatal.raise(&format!("apply entries of group {}: {error}", self.group));
+        }
+        outcome
+    }
+
+    fn install(&self, file: &SnapshotFile) -> io::Result<()> {
+        let (disk, before) = self.disk()?;
+        let generation = before.checked_add(1).expect("four billion snapshots are never installed");
+        remove_other_generations(&disk, self.group, before)?;
+        let meta = self.snapshots.load(&disk, file, generation)?;
+        self.snapshots.publish(&file.path, meta)?;
+        // From this write on the new state counts; it also makes all of it durable.
+        disk.write_meta(&group_key(self.group, GroupKey::Generation), &generation)?;
+        let core = Core::open(disk.clone(), self.group, generation, &self.config, self.cache_bytes)?;
+        let applied = core.state.applied;
+        *self.lock() = core;
+        self.applied.send_replace(applied);
+        remove_other_generations(&disk, self.group, generation)
+    }
+}
+
+impl<M: Machine> Core<M> {
+    fn open(
+        disk: Arc<Disk>,
+        group: GroupId,
+        generation: u32,
+        config: &M::Config,
+        cache_bytes: usize,
+    ) -> io::Result<Core<M>> {
+        let store = GroupStore::new(disk.clone(), group, generation, cache_bytes);
+        let state = store.applied_state()?;
+        let machine = M::open(config, &store).map_err(|error| io::Error::other(error.to_string()))?;
+        Ok(Core { machine, store, state, generation, disk: Some(disk) })
+    }
+
+    fn apply_one(&mut self, entry: Entry, wanted: bool) -> io::Result<Reply> {
+        let log_id = entry.log_id;
+        let reply = match entry.payload {
+            EntryPayload::Blank => Reply::none(),
+            EntryPayload::Membership(membership) => {
+                self.state.membership = StoredMembership::new(Some(log_id), membership);
+                Reply::none()
+            }
+            EntryPayload::Normal(command) => {
+                let reply =
+                    machine::apply(&mut self.machine, &mut self.store, log_id.index, &command.0)
+                        .map_err(|error| io::Error::other(error.to_string()))?;
+                if wanted { Reply::some(reply) } else { Reply::none() }
+            }
+        };
+        self.state.applied = Some(log_id);
+        Ok(reply)
+    }
+}
+
+/// The replica in the shape that openraft asks for.
+pub(crate) struct StateMachine<M: Machine>(pub(crate) Arc<Replica<M>>);
+
+impl<M: Machine> RaftStateMachine<Types> for StateMachine<M> {
+    type SnapshotData = SnapshotFile;
+    type SnapshotBuilder = Building;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
+        let state = self.0.lock().state.clone();
+        Ok((state.applied, state.membership))
+    }
+
+    async fn apply<Entries>(&mut self, mut entries: Entries) -> io::Result<()>
+    where
+        Entries: Stream<Item = io::Result<EntryResponder<Types>>> + Unpin + OptionalSend,
+    {
+        let mut together = Vec::new();
+        let mut bytes = 0;
+        while let Some(next) = entries.next().await {
+            let (entry, responder) = next?;
+            if let EntryPayload::Normal(command) = &entry.payload {
+                bytes += command.0.len();
+            }
+            together.push((entry, responder));
+            if together.len() >= APPLY_ENTRIES_MAX || bytes >= APPLY_BYTES_MAX {
+                self.0.apply_or_stop(std::mem::take(&mut together))?;
+                bytes = 0;
+            }
+        }
+        if together.is_empty() { Ok(()) } else { self.0.apply_or_stop(together) }
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Building {
+        let (taken, wait) = oneshot::channel();
+        let replica = self.0.clone();
+        let job = tokio::task::spawn_blocking(move || {
+            let (disk, generation) = replica.disk()?;
+            let told = move || {
+                // Whoever waited may have been stopped.
+                let _ = taken.send(());
+            };
+            let built = replica.snapshots.build(&disk, generation, told);
+            built.map(|(meta, snapshot)| Snapshot { meta, snapshot })
+        });
+        // What is applied from now on isn't part of it. An error shows when the job is waited for.
+        let _ = wait.await;
+        Building(Some(job))
+    }
+
+    async fn install_snapshot(&mut self, _: &SnapshotMeta, snapshot: SnapshotFile) -> io::Result<()> {
+        let replica = self.0.clone();
+        let job = tokio::task::spawn_blocking(move || replica.install(&snapshot));
+        let outcome = job.await.unwrap_or_else(|error| Err(io::Error::other(error.to_string())));
+        if let Err(error) = &outcome {
+            self.0.fatal.raise(&format!("install a snapshot of group {}: {error}", self.0.group));
+        }
+        outcome
+    }
+
+    async fn get_current_snapshot(
+        &mut self,
+    ) -> io::Result<Option<openraft::alias::SnapshotOf<Types, SnapshotFile>>> {
+        let current = self.0.snapshots.current();
+        Ok(current.map(|(meta, snapshot)| Snapshot { meta, snapshot }))
+    }
+}
+
+type Built = io::Result<openraft::alias::SnapshotOf<Types, SnapshotFile>>;
+
+/// A snapshot that is being written.
+pub(crate) struct Building(Option<JoinHandle<Built>>);
+
+impl RaftSnapshotBuilder<Types> for Building {
+    type SnapshotData = SnapshotFile;
+
+    async fn build_snapshot(&mut self) -> Built {
+        let job = self.0.take().ok_or_else(|| io::Error::other("a snapshot is built once"))?;
+        job.await.unwrap_or_else(|error| Err(io::Error::other(error.to_string())))
+    }
+}

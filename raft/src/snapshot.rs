@@ -1,0 +1,382 @@
+//! Snapshots: files with the whole state of a group at one log id.
+//!
+//! A file is written aside, synced, and renamed; it ends with the hash of all before it. So a file under its final name is
+//! whole, or its hash tells. The format is described in `docs/storage.md`.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufReader, BufWriter, Read, Write},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use rocksdb::{ReadOptions, WriteBatch};
+use serde::{Deserialize, Serialize};
+use verdict_protocol::ids::GroupId;
+
+use crate::{
+    disk::{Disk, damaged, io_error, unseal},
+    state::{AppliedState, prefix, prefix_end},
+    types::{SnapshotMeta, checksum},
+};
+
+/// First bytes of a file: "VERDICT", then the version of the format.
+const MAGIC: &[u8; 8] = b"VERDICT\x01";
+/// Pairs of keys and values are gathered into chunks of this size.
+const CHUNK_BYTES: usize = 256 << 10;
+/// A chunk larger than this is damage. A single pair may make a chunk larger than [`CHUNK_BYTES`].
+const CHUNK_BYTES_MAX: u32 = 256 << 20;
+const HEADER_BYTES_MAX: u32 = 1 << 20;
+const HASH_BYTES: usize = 32;
+/// The key under which the state keeps how far it goes, without prefix.
+const APPLIED: &[u8] = &[0, 1];
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    group: u32,
+    meta: SnapshotMeta,
+}
+
+/// A whole snapshot file, held open: it can be read even after it was replaced.
+#[derive(Clone, Debug)]
+pub(crate) struct SnapshotFile {
+    pub(crate) path: PathBuf,
+    pub(crate) file: Arc<File>,
+    pub(crate) bytes: u64,
+}
+
+impl SnapshotFile {
+    fn open(path: PathBuf) -> io::Result<SnapshotFile> {
+        let file = File::open(&path)?;
+        let bytes = file.metadata()?.len();
+        Ok(SnapshotFile { path, file: Arc::new(file), bytes })
+    }
+
+    /// The next bytes from `offset`, at most `bytes_max` of them; none at the end.
+    pub(crate) fn read_at(&self, offset: u64, bytes_max: usize) -> io::Result<Vec<u8>> {
+        let length = (self.bytes.saturating_sub(offset)).min(bytes_max as u64) as usize;
+        let mut bytes = vec![0; length];
+        self.file.read_exact_at(&mut bytes, offset)?;
+        Ok(bytes)
+    }
+}
+
+/// The snapshots of one group.
+pub(crate) struct Snapshots {
+    group: GroupId,
+    directory: PathBuf,
+    current: Mutex<Option<(SnapshotMeta, SnapshotFile)>>,
+    stop: AtomicBool,
+}
+
+impl Snapshots {
+    /// Finds the newest snapshot of a group and removes older ones.
+    pub(crate) fn open(directory: &Path, group: GroupId) -> io::Result<Snapshots> {
+        let mut found: Vec<PathBuf> = Vec::new();
+        for entry in fs::read_dir(directory)? {
+            let path = entry?.path();
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            if name.starts_with(&format!("{:08}-", group.0)) && name.ends_with(".snapshot") {
+                found.push(path);
+            }
+        }
+        found.sort();
+        let mut current = None;
+        while let Some(path) = found.pop() {
+            if current.is_some() {
+                fs::remove_file(&path)?;
+                continue;
+            }
+            let file = SnapshotFile::open(path)?;
+            match read_header(&mut BufReader::new(&*file.file)) {
+                Ok(header) if header.group == group.0 => current = Some((header.meta, file)),
+                // The state itself is in the database; a new snapshot will be made from it.
+                Ok(_) | Err(_) => {
+                    tracing::warn!(path = %file.path.display(), "set a damaged snapshot aside");
+                    fs::rename(&file.path, file.path.with_extension("damaged"))?;
+                }
+            }
+        }
+        let current = Mutex::new(current);
+        Ok(Snapshots { group, directory: directory.to_owned(), current, stop: AtomicBool::new(false) })
+    }
+
+    /// The newest snapshot.
+    pub(crate) fn current(&self) -> Option<(SnapshotMeta, SnapshotFile)> {
+        self.lock().clone()
+    }
+
+    /// Gives up building.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    /// A name for a file that isn't whole yet. Such files are removed when the host opens.
+    pub(crate) fn temporary(&self) -> PathBuf {
+        self.directory.join(format!("{:08}-{}.tmp", self.group.0, uuid::Uuid::new_v4().simple()))
+    }
+
+    /// Writes the state of `generation` as it is now. `taken` is called as soon as later changes no longer matter.
+    pub(crate) fn build(
+        &self,
+        disk: &Disk,
+        generation: u32,
+        taken: impl FnOnce(),
+    ) -> io::Result<(SnapshotMeta, SnapshotFile)> {
+        let view = disk.db().snapshot();
+        taken();
+        let start = prefix(self.group, generation);
+        let applied = view.get_cf(disk.state(), [&start, APPLIED].concat()).map_err(io_error)?;
+        let state: AppliedState = match applied {
+            None => AppliedState::default(),
+            Some(value) => unseal(APPLIED, &value)?,
+        };
+        let meta = SnapshotMeta { last_log_id: state.applied, last_membership: state.membership };
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        options.set_iterate_upper_bound(prefix_end(&start).expect("group and generation are never all ones"));
+        let mut iterator = view.raw_iterator_cf_opt(disk.state(), options);
+        iterator.seek(start);
+
+        let path = self.temporary();
+        let mut writer = FileWriter::create(&path, self.group, &meta)?;
+        while let Some((key, value)) = iterator.item() {
+            if self.stop.load(Ordering::Acquire) {
+                return Err(io::Error::other("the host was shut down"));
+            }
+            writer.pair(&key[start.len()..], value)?;
+            iterator.next();
+        }
+        iterator.status().map_err(io_error)?;
+        writer.finish()?;
+        self.publish(&path, meta)
+    }
+
+    /// Gives a whole, synced file its final name, and removes the one before it. An older snapshot than the current one is
+    /// dropped.
+    pub(crate) fn publish(&self, path: &Path, meta: SnapshotMeta) -> io::Result<(SnapshotMeta, SnapshotFile)> {
+        let mut current = self.lock();
+        if let Some((newest, file)) = &*current
+            && newest.last_log_id > meta.last_log_id
+        {
+            fs::remove_file(path)?;
+            return Ok((newest.clone(), file.clone()));
+        }
+        let index = meta.last_log_id.map_or(0, |id| id.index);
+        let name = self.directory.join(format!("{:08}-{index:020}.snapshot", self.group.0));
+        fs::rename(path, &name)?;
+        File::open(&self.directory)?.sync_all()?;
+        let file = SnapshotFile::open(name.clone())?;
+        let before = current.replace((meta.clone(), file.clone()));
+        if let Some((_, before)) = before
+            && before.path != name
+        {
+            fs::remove_file(before.path)?;
+        }
+        Ok((meta, file))
+    }
+
+    /// Loads a file into `generation`, which nobody reads yet, and checks the whole of it.
+    pub(crate) fn load(&self, disk: &Disk, file: &SnapshotFile, generation: u32) -> io::Result<SnapshotMeta> {
+        let start = prefix(self.group, generation);
+        let mut reader = FileReader::open(file, self.group)?;
+        while let Some(chunk) = reader.chunk()? {
+            let mut batch = WriteBatch::default();
+            let mut rest = chunk.as_slice();
+            while !rest.is_empty() {
+                let (key, value) = split_pair(&mut rest)?;
+                batch.put_cf(disk.state(), [&start, key].concat(), value);
+            }
+            disk.db().write(batch).map_err(io_error)?;
+        }
+        Ok(reader.header.meta)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<(SnapshotMeta, SnapshotFile)>> {
+        self.current.lock().expect("nothing panics while it holds the lock of the snapshots")
+    }
+}
+
+/// Reads a received file from end to end, and gives what it is a snapshot of.
+pub(crate) fn verify(file: &SnapshotFile, group: GroupId) -> io::Result<SnapshotMeta> {
+    let mut reader = FileReader::open(file, group)?;
+    while reader.chunk()?.is_some() {}
+    Ok(reader.header.meta)
+}
+
+/// What a file is a snapshot of, without reading all of it.
+pub(crate) fn meta(file: &SnapshotFile, group: GroupId) -> io::Result<SnapshotMeta> {
+    FileReader::open(file, group).map(|reader| reader.header.meta)
+}
+
+/// A file that was received under a temporary name.
+pub(crate) fn received(path: PathBuf) -> io::Result<SnapshotFile> {
+    SnapshotFile::open(path)
+}
+
+/// Removes what was never finished.
+pub(crate) fn clean_up(directory: &Path) -> io::Result<()> {
+    fs::create_dir_all(directory)?;
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "tmp") {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
+struct FileWriter {
+    file: BufWriter<File>,
+    hasher: blake3::Hasher,
+    chunk: Vec<u8>,
+}
+
+impl FileWriter {
+    fn create(path: &Path, group: GroupId, meta: &SnapshotMeta) -> io::Result<FileWriter> {
+        let file = BufWriter::with_capacity(CHUNK_BYTES, File::create(path)?);
+        let mut writer = FileWriter { file, hasher: blake3::Hasher::new(), chunk: Vec::new() };
+        let header = Header { group: group.0, meta: meta.clone() };
+        let header = postcard::to_stdvec(&header).expect("encoding into memory can't fail");
+        writer.write(MAGIC)?;
+        writer.write(&(header.len() as u32).to_be_bytes())?;
+        writer.write(&header)?;
+        writer.write(&checksum(&[&header]))?;
+        Ok(writer)
+    }
+
+    fn pair(&mut self, key: &[u8], value: &[u8]) -> io::Result<()> {
+        self.chunk.extend_from_slice(&(key.len() as u32).to_be_bytes());
+        self.chunk.extend_from_slice(&(value.len() as u32).to_be_bytes());
+        self.chunk.extend_from_slice(key);
+        self.chunk.extend_from_slice(value);
+        if self.chunk.len() >= CHUNK_BYTES { self.flush_chunk() } else { Ok(()) }
+    }
+
+    fn flush_chunk(&mut self) -> io::Result<()> {
+        let chunk = std::mem::take(&mut self.chunk);
+        self.write(&(chunk.len() as u32).to_be_bytes())?;
+        self.write(&chunk)
+    }
+
+    fn finish(mut self) -> io::Result<()> {
+        if !self.chunk.is_empty() {
+            self.flush_chunk()?;
+        }
+        self.write(&0_u32.to_be_bytes())?;
+        let hash = *self.hasher.finalize().as_bytes();
+        self.file.write_all(&hash)?;
+        self.file.flush()?;
+        self.file.get_ref().sync_all()
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hasher.update(bytes);
+        self.file.write_all(bytes)
+    }
+}
+
+struct FileReader<'a> {
+    file: BufReader<FileAt<'a>>,
+    hasher: blake3::Hasher,
+    header: Header,
+}
+
+impl FileReader<'_> {
+    fn open(file: &SnapshotFile, group: GroupId) -> io::Result<FileReader<'_>> {
+        let mut hashed =
+            Hashed { inner: BufReader::new(FileAt { file, offset: 0 }), hasher: blake3::Hasher::new() };
+        let header = read_header(&mut hashed)?;
+        if header.group != group.0 {
+            return Err(damaged("a snapshot of another group"));
+        }
+        Ok(FileReader { file: hashed.inner, hasher: hashed.hasher, header })
+    }
+
+    /// The next chunk; None after the last one, once the hash was found to be right.
+    fn chunk(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let length = read_u32(&mut self.file)?;
+        self.hasher.update(&length.to_be_bytes());
+        if length == 0 {
+            let mut hash = [0; HASH_BYTES];
+            self.file.read_exact(&mut hash)?;
+            if *self.hasher.finalize().as_bytes() != hash {
+                return Err(damaged("a snapshot fails its hash"));
+            }
+            return Ok(None);
+        }
+        if length > CHUNK_BYTES_MAX {
+            return Err(damaged("a snapshot has a chunk that is too large"));
+        }
+        let mut chunk = vec![0; length as usize];
+        self.file.read_exact(&mut chunk)?;
+        self.hasher.update(&chunk);
+        Ok(Some(chunk))
+    }
+}
+
+struct FileAt<'a> {
+    file: &'a SnapshotFile,
+    offset: u64,
+}
+
+impl Read for FileAt<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.file.read_at(buffer, self.offset)?;
+        self.offset += read as u64;
+        Ok(read)
+    }
+}
+
+struct Hashed<R> {
+    inner: R,
+    hasher: blake3::Hasher,
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
+        Ok(read)
+    }
+}
+
+fn read_u32(reader: &mut impl Read) -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    reader.read_exact(&mut bytes)?;
+    Ok(u32::from_be_bytes(bytes))
+}
+
+fn read_header(reader: &mut impl Read) -> io::Result<Header> {
+    let mut magic = [0; 8];
+    reader.read_exact(&mut magic)?;
+    if magic != *MAGIC {
+        return Err(damaged("not a snapshot, or one of an unknown version"));
+    }
+    let length = read_u32(reader)?;
+    if length > HEADER_BYTES_MAX {
+        return Err(damaged("the header of a snapshot is too large"));
+    }
+    let mut header = vec![0; length as usize];
+    reader.read_exact(&mut header)?;
+    let mut sum = [0; 8];
+    reader.read_exact(&mut sum)?;
+    if checksum(&[&header]) != sum {
+        return Err(damaged("the header of a snapshot fails its checksum"));
+    }
+    postcard::from_bytes(&header).map_err(|error| damaged(&format!("the header of a snapshot: {error}")))
+}
+
+fn split_pair<'a>(rest: &mut &'a [u8]) -> io::Result<(&'a [u8], &'a [u8])> {
+    let cut = || damaged("a pair of a snapshot is cut");
+    let key_bytes = read_u32(rest)? as usize;
+    let value_bytes = read_u32(rest)? as usize;
+    let (key, after) = rest.split_at_checked(key_bytes).ok_or_else(cut)?;
+    let (value, after) = after.split_at_checked(value_bytes).ok_or_else(cut)?;
+    *rest = after;
+    Ok((key, value))
+}

@@ -1,0 +1,61 @@
+//! openraft's own tests of storage, on the real log and the real state.
+
+use std::sync::Arc;
+
+use openraft::{StorageError, testing::log::{StoreBuilder, Suite}};
+use tempfile::TempDir;
+use verdict_protocol::{
+    ids::GroupId,
+    machine::Machine,
+    store::{Store, StoreError},
+};
+
+use crate::{
+    disk::{Disk, snapshot_directory},
+    fatal::Fatal,
+    log::{GroupLog, LogStore},
+    replica::{Replica, StateMachine},
+    snapshot::{self, Snapshots},
+    types::Types,
+    writer::Writer,
+};
+
+struct Nothing;
+
+impl Machine for Nothing {
+    type Reply = ();
+    type Config = ();
+
+    fn open((): &(), _: &dyn Store) -> Result<Nothing, StoreError> {
+        Ok(Nothing)
+    }
+
+    fn apply(&mut self, _: &mut dyn Store, _: u64, _: &[u8]) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+/// Small enough that entries leave the memory and must be read from disk.
+const TAIL_BYTES: usize = 200;
+
+struct Builder;
+
+impl StoreBuilder<Types, LogStore, StateMachine<Nothing>, TempDir> for Builder {
+    async fn build(&self) -> Result<(TempDir, LogStore, StateMachine<Nothing>), StorageError<Types>> {
+        let group = GroupId(7);
+        let directory = tempfile::tempdir().unwrap();
+        let disk = Disk::open(directory.path(), 1 << 20).unwrap();
+        let snapshots = snapshot_directory(directory.path());
+        snapshot::clean_up(&snapshots).unwrap();
+        let snapshots = Snapshots::open(&snapshots, group).unwrap();
+        let (fatal, log) = (Fatal::new(), GroupLog::open(disk.clone(), group, TAIL_BYTES).unwrap());
+        let (writer, _) = Writer::start(disk.clone(), fatal.clone(), 64).unwrap();
+        let replica = Replica::open(disk, group, (), snapshots, 1 << 20, fatal).unwrap();
+        Ok((directory, LogStore::new(log, writer), StateMachine(Arc::new(replica))))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_store_passes_the_suite_of_openraft() {
+    Suite::test_all(Builder).await.unwrap();
+}

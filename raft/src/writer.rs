@@ -1,0 +1,237 @@
+//! The log writer: one thread for the node through which everything goes that must be durable before it is told.
+//!
+//! Group commit: take all that waits, write it as one batch, sync once, then tell everybody, in order. While a sync runs, the
+//! next batch gathers; so load makes batches larger, and nobody waits for a timer.
+//!
+//! Invariants:
+//! - First in, first out: a vote is never reordered with appends (R9).
+//! - Nobody is told of success before the sync of the batch has returned.
+//! - The first failed write or sync is final: from then on everybody is told of failure, and the node stops (B23).
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use openraft::storage::IOFlushed;
+use rocksdb::WriteBatch;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    disk::{Disk, GroupKey, group_key, io_error, log_key, seal},
+    fatal::Fatal,
+    log::GroupLog,
+    types::{Entry, LogId, Types, Vote},
+};
+
+/// A batch is closed at this size.
+const BATCH_BYTES_MAX: usize = 16 << 20;
+const BATCH_OPERATIONS_MAX: usize = 4096;
+
+pub(crate) type Done = oneshot::Sender<io::Result<()>>;
+
+/// Something to be made durable.
+pub(crate) enum Operation {
+    Append { log: Arc<GroupLog>, sequence: u64, entries: Vec<Entry>, done: IOFlushed<Types> },
+    Truncate { log: Arc<GroupLog>, from: u64, to: u64, done: Done },
+    Purge { log: Arc<GroupLog>, from: u64, upto: LogId, done: Done },
+    Vote { log: Arc<GroupLog>, vote: Vote, done: Done },
+    Meta { key: Vec<u8>, value: Vec<u8>, done: Done },
+    Stop,
+}
+
+/// Who waits for a batch, in order.
+enum Waiting {
+    Flushed(Arc<GroupLog>, u64, IOFlushed<Types>),
+    Done(Done),
+}
+
+/// Where operations are handed in.
+#[derive(Clone)]
+pub(crate) struct Writer {
+    queue: mpsc::Sender<Operation>,
+    fatal: Fatal,
+    fail: Arc<AtomicBool>,
+}
+
+impl Writer {
+    /// Starts the thread.
+    pub(crate) fn start(
+        disk: Arc<Disk>,
+        fatal: Fatal,
+        queue: usize,
+    ) -> io::Result<(Writer, thread::JoinHandle<()>)> {
+        let (sender, receiver) = mpsc::channel(queue);
+        let writer = Writer { queue: sender, fatal: fatal.clone(), fail: Arc::default() };
+        let worker = Worker { disk, fatal, queue: receiver, fail: writer.fail.clone() };
+        let thread = thread::Builder::new().name("log-writer".to_owned()).spawn(move || worker.run())?;
+        Ok((writer, thread))
+    }
+
+    /// Hands an operation in; waits while the queue is full.
+    pub(crate) async fn submit(&self, operation: Operation) -> io::Result<()> {
+        self.fatal.check()?;
+        self.queue.send(operation).await.map_err(|_| io::Error::other("the log writer has stopped"))
+    }
+
+    /// Hands an operation in, and waits until it is durable.
+    pub(crate) async fn perform(&self, make: impl FnOnce(Done) -> Operation) -> io::Result<()> {
+        let (done, outcome) = oneshot::channel();
+        self.submit(make(done)).await?;
+        outcome.await.unwrap_or_else(|_| Err(io::Error::other("the log writer has stopped")))
+    }
+
+    /// Ends the thread after everything that was handed in before.
+    pub(crate) async fn stop(&self) {
+        // If it has ended already, all is well.
+        let _ = self.queue.send(Operation::Stop).await;
+    }
+
+    /// Makes the next sync fail, for tests.
+    pub(crate) fn fail_next_sync(&self) {
+        self.fail.store(true, Ordering::Release);
+    }
+}
+
+struct Worker {
+    disk: Arc<Disk>,
+    fatal: Fatal,
+    queue: mpsc::Receiver<Operation>,
+    fail: Arc<AtomicBool>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut stop = false;
+        while !stop {
+            let Some(first) = self.queue.blocking_recv() else { return };
+            let mut batch = Batch::default();
+            stop = batch.add(&self.disk, first);
+            while !stop && batch.has_room() {
+                match self.queue.try_recv() {
+                    Ok(next) => stop = batch.add(&self.disk, next),
+                    Err(_) => break,
+                }
+            }
+            let outcome = self.write(&mut batch);
+            batch.tell(outcome);
+        }
+    }
+
+    fn write(&self, batch: &mut Batch) -> Result<(), String> {
+        if let Err(error) = self.fatal.check() {
+            return Err(error.to_string());
+        }
+        batch.add_committed(&self.disk);
+        let written = self.disk.db().write(std::mem::take(&mut batch.writes)).and_then(|()| {
+            // Apart from the write, so that writers of state needn't wait for the disk.
+            self.disk.db().flush_wal(true)
+        });
+        let written = match written {
+            Ok(()) if self.fail.swap(false, Ordering::AcqRel) => Err("injected failure".to_owned()),
+            Ok(()) => Ok(()),
+            Err(error) => Err(io_error(error).to_string()),
+        };
+        if let Err(error) = &written {
+            self.fatal.raise(&format!("write and sync the log: {error}"));
+        }
+        written
+    }
+}
+
+#[derive(Default)]
+struct Batch {
+    writes: WriteBatch,
+    waiting: Vec<Waiting>,
+    logs: Vec<Arc<GroupLog>>,
+}
+
+impl Batch {
+    fn has_room(&self) -> bool {
+        self.waiting.len() < BATCH_OPERATIONS_MAX && self.writes.size_in_bytes() < BATCH_BYTES_MAX
+    }
+
+    /// Adds an operation. True: stop after this batch.
+    fn add(&mut self, disk: &Disk, operation: Operation) -> bool {
+        match operation {
+            Operation::Append { log, sequence, entries, done } => {
+                for entry in &entries {
+                    let key = log_key(log.group(), entry.log_id.index);
+                    self.writes.put_cf(disk.log(), key, seal(&key, entry));
+                }
+                if let Some(last) = entries.last() {
+                    log.set_queued_last(last.log_id.index);
+                }
+                self.note(&log);
+                self.waiting.push(Waiting::Flushed(log, sequence, done));
+            }
+            Operation::Truncate { log, from, to, done } => {
+                for index in from..=to {
+                    self.writes.delete_cf(disk.log(), log_key(log.group(), index));
+                }
+                log.set_queued_last(from.saturating_sub(1));
+                self.note(&log);
+                self.waiting.push(Waiting::Done(done));
+            }
+            Operation::Purge { log, from, upto, done } => {
+                let (group, end) = (log.group(), upto.index + 1);
+                if from < end {
+                    self.writes.delete_range_cf(disk.log(), log_key(group, from), log_key(group, end));
+                }
+                let key = group_key(group, GroupKey::Purged);
+                self.writes.put_cf(disk.meta(), key, seal(&key, &upto));
+                log.raise_queued_last(upto.index);
+                self.note(&log);
+                self.waiting.push(Waiting::Done(done));
+            }
+            Operation::Vote { log, vote, done } => {
+                let key = group_key(log.group(), GroupKey::Vote);
+                self.writes.put_cf(disk.meta(), key, seal(&key, &vote));
+                self.note(&log);
+                self.waiting.push(Waiting::Done(done));
+            }
+            Operation::Meta { key, value, done } => {
+                self.writes.put_cf(disk.meta(), key, value);
+                self.waiting.push(Waiting::Done(done));
+            }
+            Operation::Stop => return true,
+        }
+        false
+    }
+
+    fn note(&mut self, log: &Arc<GroupLog>) {
+        if !self.logs.iter().any(|noted| noted.group() == log.group()) {
+            self.logs.push(log.clone());
+        }
+    }
+
+    /// Writes along what is known to be committed, no further than what this batch makes durable.
+    fn add_committed(&mut self, disk: &Disk) {
+        for log in &self.logs {
+            if let Some(committed) = log.committed_to_write() {
+                let key = group_key(log.group(), GroupKey::Committed);
+                self.writes.put_cf(disk.meta(), key, seal(&key, &committed));
+            }
+        }
+    }
+
+    fn tell(self, outcome: Result<(), String>) {
+        for waiting in self.waiting {
+            let outcome = outcome.clone().map_err(io::Error::other);
+            match waiting {
+                Waiting::Flushed(log, sequence, done) => {
+                    if outcome.is_ok() {
+                        log.written(sequence);
+                    }
+                    done.io_completed(outcome);
+                }
+                // Whoever has stopped waiting is told nothing.
+                Waiting::Done(done) => drop(done.send(outcome)),
+            }
+        }
+    }
+}
