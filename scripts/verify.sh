@@ -25,15 +25,15 @@ documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no
 # The program for the tests that start it, and the tests, in one go: the same features of all dependencies.
 build() { cargo build --locked --workspace --bins --tests; }
 
-# Tests in tests/ start clusters of real processes that measure seconds; side by side on few cores they would starve
-# each other. nextest takes that from .config/nextest.toml; plain cargo runs them apart, one at a time.
+# Tests in tests/ start clusters of real processes and measure seconds; side by side on few cores they would starve each
+# other. nextest takes that from .config/nextest.toml, plain cargo from the runner. (Two calls of cargo would do as well,
+# but another choice of packages means other features of the dependencies: it would compile half of them again.)
 tests() {
   if cargo nextest --version > /dev/null 2>&1; then
     cargo test --locked --workspace --doc --quiet &&
       cargo nextest run --locked --workspace --no-fail-fast
   else
-    cargo test --locked --workspace --exclude verdict-tests --no-fail-fast &&
-      cargo test --locked -p verdict-tests --no-fail-fast -- --test-threads=1
+    cargo test --locked --workspace --no-fail-fast --config "target.'cfg(unix)'.runner = 'scripts/test-runner.sh'"
   fi
 }
 
