@@ -9,6 +9,7 @@ pub mod v1 {
 }
 
 pub mod connect;
+pub mod convert;
 
 /// The encoded `FileDescriptorSet` of the contract, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/verdict.bin"));
