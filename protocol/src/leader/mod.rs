@@ -341,12 +341,14 @@ impl Leader {
             retries: BTreeSet::new(),
             without_stamp: Vec::new(),
             readings: BTreeMap::new(),
-            last_request: 0,
+            // Numbers of different epochs differ, so that a late answer never fits another leader's question.
+            last_request: opened.epoch.0 << 40,
             resent_at: now,
         };
         let mut effects = Effects::default();
         for decision in opened.unfinished {
-            leader.adopt_decision(decision);
+            let missing = decision.shards.clone();
+            leader.adopt_decision(decision, &missing);
         }
         for shard in config.placement.all() {
             leader.greet(shard, &mut effects);
@@ -492,15 +494,10 @@ impl Leader {
         self.last_sequence += 1;
         let number = Number { epoch: self.epoch, sequence: self.last_sequence };
         let flight = self.flights.get_mut(&id).expect("a batch that is prepared is in flight");
-        let gives_up = std::mem::take(&mut flight.tries);
         for shard in pending.parts.keys() {
             let view = self.shards.get_mut(shard).expect("the placement names known shards");
-            for given_up in &gives_up {
-                view.outstanding.remove(given_up);
-            }
             view.outstanding.insert(number, (id, self.now));
         }
-        flight.tries = gives_up;
         flight.tries.push(number);
         flight.stage = Stage::Preparing { pending, number, votes: BTreeMap::new(), retry_at: None };
         for shard in flight.shards.clone() {
@@ -558,6 +555,13 @@ impl Leader {
         let Stage::Preparing { number, votes, retry_at, pending } = &mut flight.stage else { return };
         if vote.number != *number || !flight.shards.contains(&shard) {
             return;
+        }
+        // It has taken the prepare, and with it that the earlier tries are given up: their numbers are finished there.
+        if !matches!(vote.kind, VoteKind::Finished | VoteKind::Held | VoteKind::OldEpoch) {
+            let view = self.shards.get_mut(&shard).expect("participants are known shards");
+            for tried in flight.tries.iter().filter(|tried| *tried != number) {
+                view.outstanding.remove(tried);
+            }
         }
         match vote.kind {
             VoteKind::Yes => {
@@ -884,7 +888,9 @@ impl Leader {
                 self.send_stray(shard, number, id, effects);
             } else {
                 match self.flights.get(&id).map(|flight| &flight.stage) {
-                    Some(Stage::Telling { .. }) => self.send_outcome(shard, id, effects),
+                    Some(Stage::Telling { missing, .. }) if missing.get(&shard) == Some(&number) => {
+                        self.send_outcome(shard, id, effects);
+                    }
                     Some(Stage::Preparing { votes, number: current, .. }) if *current == number => {
                         match votes.get(&shard) {
                             None => self.send_prepare(shard, id, effects),

@@ -20,11 +20,11 @@ impl Leader {
         self.view(shard).greeted_at = now;
     }
 
-    /// A decision of an earlier epoch that not all participants have confirmed.
-    pub(super) fn adopt_decision(&mut self, decision: Decision) {
+    /// A decision that these participants have not confirmed, or not to this leader.
+    pub(super) fn adopt_decision(&mut self, decision: Decision, missing: &[ShardId]) {
         let id = decision.id;
         let missing: BTreeMap<ShardId, Number> =
-            decision.shards.iter().map(|shard| (*shard, decision.number)).collect();
+            missing.iter().map(|shard| (*shard, decision.number)).collect();
         for (shard, number) in &missing {
             // Sent once the shard has answered the greeting.
             self.view(*shard).outstanding.insert(*number, (id, Millis(0)));
@@ -70,7 +70,8 @@ impl Leader {
         self.resend(shard, Millis(0), effects);
     }
 
-    /// A shard asks about a part that it has held for long.
+    /// A shard asks about a part that it has held for long. If the question is late, the part may have ended since; what is too
+    /// old to be remembered has.
     pub(super) fn asked(
         &mut self,
         shard: ShardId,
@@ -79,11 +80,8 @@ impl Leader {
         effects: &mut Effects,
     ) {
         let known = self.view(shard).outstanding.contains_key(&part.number);
-        if !known && self.view(shard).greeted && part.number.epoch < self.epoch {
-            effects.alarms.push(format!(
-                "shard {shard} asks about batch {} under {}, which it did not list when it was greeted",
-                part.id, part.number
-            ));
+        let forgotten = part.id.time() <= self.horizon && decisions.decision(part.id).is_none();
+        if !known && !forgotten && self.view(shard).greeted {
             let id = part.id;
             self.adopt(shard, part, decisions, effects);
             if self.recovering.contains(&id) {
@@ -99,15 +97,12 @@ impl Leader {
             return;
         }
         let now = self.now;
-        self.view(shard).outstanding.insert(number, (id, now));
+        self.view(shard).outstanding.insert(number, (id, Millis(0)));
         if !self.flights.contains_key(&id) {
             if let Some(decision) = decisions.decision(id) {
                 if decision.result.is_ok() && decision.hash == Some(hash) {
-                    // Finished, and yet held: never done by anybody's word but the shard's own. Tell it again.
-                    effects.alarms.push(format!(
-                        "shard {shard} holds batch {id}, which it has confirmed as committed: it is told again"
-                    ));
-                    self.adopt_decision(Decision { shards: vec![shard], ..decision });
+                    // The shard has confirmed it between the greeting and now; its own word ends it once more.
+                    self.adopt_decision(decision, &[shard]);
                     return;
                 }
                 return self.stray(shard, number, id, effects);

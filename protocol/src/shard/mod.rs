@@ -352,10 +352,11 @@ impl Shard {
             peer.epoch = epoch;
             store.put(&peer_key(coordinator), &encode(&(peer.epoch, peer.mark)))?;
         }
-        let recorded = peer.epoch;
+        // An answer to a deposed leader may reach the one whose epoch is recorded, so it lists everything too.
+        let epoch = peer.epoch;
         let mine = self.parts.iter().filter(|((group, _), _)| *group == coordinator);
         let parts = mine.map(|((_, id), held)| listed(*id, held)).collect();
-        Ok(Greeting { epoch: recorded, parts: if recorded == epoch { parts } else { Vec::new() } })
+        Ok(Greeting { epoch, parts })
     }
 
     fn prepare(
