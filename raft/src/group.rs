@@ -504,7 +504,7 @@ async fn watch_leadership<M: Machine>(
 /// A leader can serve once an entry of its own leadership is applied, and as long as a quorum was heard of lately.
 fn leadership(metrics: &RaftMetrics<Types>, applied: Option<LogId>, lease: Duration) -> Leadership {
     let leads = metrics.state == ServerState::Leader;
-    let caught_up = applied.is_some_and(|id| id.leader_id == metrics.vote.leader_id);
+    let caught_up = applied.is_some_and(|id| id.leader_id.term == metrics.vote.leader_id.term);
     let alone = metrics.membership_config.voter_ids().count() == 1;
     let heard = metrics.last_quorum_acked.is_some_and(|at| openraft::Instant::elapsed(&*at) < lease);
     Leadership {

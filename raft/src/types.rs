@@ -8,11 +8,15 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 
 openraft::declare_raft_types!(
     /// The types of all groups, whatever their machine: commands are bytes, replies are opaque.
+    ///
+    /// Leader ids are those of the Raft paper: one leader for each term. openraft's default lets a candidate with a greater
+    /// node id depose the leader of the same term, which makes a new group change its leader again and again.
     pub(crate) Types:
         D = Command,
         R = Reply,
         NodeId = u64,
         Node = openraft::BasicNode,
+        LeaderId = openraft::impls::leader_id_std::LeaderId<u64, u64>,
 );
 
 pub(crate) type LogId = alias::LogIdOf<Types>;

@@ -182,9 +182,14 @@ impl Cluster {
 
     /// Waits until all running replicas stand where the leader stands, and gives where.
     async fn converge(&self) -> Position {
-        let leader = self.leader().await;
-        let index = self.group(leader).read_barrier().await.unwrap();
         let begun = Instant::now();
+        let index = loop {
+            let leader = self.leader().await;
+            match self.group(leader).read_barrier().await {
+                Ok(index) => break index,
+                Err(error) => assert!(begun.elapsed() < PATIENCE, "{error}"),
+            }
+        };
         loop {
             let positions: Vec<_> = self.nodes.values().map(|running| running.group.status()).collect();
             if positions.iter().all(|status| status.applied_index >= index) {
