@@ -1,6 +1,7 @@
 //! The parts of the `verdict` program.
 
 pub mod book;
+pub mod ctl;
 pub mod progress;
 pub mod settle;
 pub mod tape;
