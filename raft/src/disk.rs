@@ -240,7 +240,7 @@ pub(crate) fn snapshot_directory(directory: &Path) -> PathBuf {
 
 pub(crate) fn io_error(error: rocksdb::Error) -> io::Error {
     match error.kind() {
-        rocksdb::ErrorKind::Corruption => damaged(&error.to_string()),
+        rocksdb::ErrorKind::Corruption => damaged(error.as_ref()),
         _ => io::Error::other(error.to_string()),
     }
 }

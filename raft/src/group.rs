@@ -18,15 +18,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{
-    FutureExt, StreamExt,
-    future::BoxFuture,
-    stream::BoxStream,
-};
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
 use openraft::{
     BasicNode, Raft, RaftMetrics, ReadPolicy, ServerState, Snapshot,
     async_runtime::watch::WatchReceiver as _,
-    errors::{ChangeMembershipError, ClientWriteError, Fatal, ForwardReason, LinearizableReadError, RaftError},
+    errors::{
+        ChangeMembershipError, ClientWriteError, Fatal, ForwardReason, LinearizableReadError, RaftError,
+    },
     raft::{TransferLeaderRequest, WriteResult},
 };
 use serde::de::DeserializeOwned;
@@ -155,7 +153,8 @@ impl<M: Machine> Group<M> {
     ) -> impl Future<Output = Result<Applied<M::Reply>, ProposeError>> + Send + 'static {
         let queued = self.queue(command);
         async move {
-            let lost = || ProposeError::Unknown("the replica stopped before the outcome was known".to_owned());
+            let lost =
+                || ProposeError::Unknown("the replica stopped before the outcome was known".to_owned());
             queued?.await.unwrap_or_else(|_| Err(lost()))
         }
     }
@@ -230,7 +229,13 @@ impl<M: Machine> Group<M> {
             applied_index: index(*shared.replica.applied().borrow()),
             position: shared.replica.position(),
             snapshot_index: index(metrics.snapshot),
-            voters: metrics.membership_config.voter_ids().map(NodeId).collect::<BTreeSet<_>>().into_iter().collect(),
+            voters: metrics
+                .membership_config
+                .voter_ids()
+                .map(NodeId)
+                .collect::<BTreeSet<_>>()
+                .into_iter()
+                .collect(),
             silent_voters: silent_voters(&metrics, silent_after),
         }
     }
@@ -372,7 +377,9 @@ fn admin_error(error: RaftError<Types, ClientWriteError<Types>>) -> AdminError {
             let error: ChangeMembershipError<_, _> = error;
             AdminError::Refused(error.to_string())
         }
-        RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => AdminError::Refused(error.to_string()),
+        RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => {
+            AdminError::Refused(error.to_string())
+        }
         RaftError::Fatal(fatal) => AdminError::Stopped(fatal.to_string()),
     }
 }
@@ -423,7 +430,8 @@ impl<M: Machine> Sequencer<M> {
     async fn hand_in(&self, together: &[Proposal<M>]) -> Result<Results, ProposeError> {
         let deadline = Instant::now() + self.retry;
         loop {
-            let commands: Vec<_> = together.iter().map(|proposal| Command(proposal.command.clone())).collect();
+            let commands: Vec<_> =
+                together.iter().map(|proposal| Command(proposal.command.clone())).collect();
             let handed_in = self.raft.client_write_many(commands).await;
             let mut results = handed_in.map_err(|fatal| ProposeError::Stopped(fatal.to_string()))?;
             // Requests are worked on in order. When this one is answered, the refusal of the one before it is there, if it
@@ -526,7 +534,8 @@ async fn tend_snapshots<M: Machine>(node: Arc<Node>, raft: ThisRaft<M>, log: Arc
         };
         if snapshot != tended {
             tended = snapshot;
-            let point = snapshot.and_then(|id| log.purge_point(id.index, limits.keep_entries, limits.keep_bytes));
+            let point =
+                snapshot.and_then(|id| log.purge_point(id.index, limits.keep_entries, limits.keep_bytes));
             if let Some(upto) = point
                 && raft.trigger().purge_log(upto).await.is_err()
             {

@@ -17,6 +17,7 @@ use verdict_protocol::{
 };
 
 use crate::{
+    acknowledged::{Acknowledged, Mark},
     api::{HostConfig, HostError},
     disk::{Disk, Identity, damaged, host_error, snapshot_directory},
     fatal::Fatal,
@@ -45,6 +46,8 @@ pub struct Host {
 /// What is closed by [`Host::shutdown`].
 struct Open {
     disk: Arc<Disk>,
+    /// What had been acknowledged of each group when the host opened.
+    marks: BTreeMap<u32, Mark>,
     writer: thread::JoinHandle<()>,
 }
 
@@ -60,14 +63,18 @@ impl Host {
             snapshot::clean_up(&snapshot_directory(&config.directory)).map_err(host_error)?;
             let identity = Identity::establish(&disk, &config)?;
             let known = disk.incarnations().map_err(host_error)?;
+            let acknowledged = Acknowledged::open(&config.directory).map_err(host_error)?;
+            let marks = acknowledged.marks();
             let queue = config.limits.writer_queue;
-            let (writer, thread) = Writer::start(disk.clone(), prepared_fatal, queue).map_err(host_error)?;
-            Ok((disk, identity, known, writer, thread))
+            let started = Writer::start(disk.clone(), acknowledged, prepared_fatal, queue);
+            let (writer, thread) = started.map_err(host_error)?;
+            let open = Open { disk, marks, writer: thread };
+            Ok((open, identity, known, writer))
         });
         let opened = opening.await.map_err(|error| HostError::Storage(error.to_string()))?;
-        let (disk, identity, known, writer, thread) = opened?;
+        let (open, identity, known, writer) = opened?;
         let node = Arc::new(Node::new(config, identity, known, fatal, writer, connect));
-        Ok(Host { node, open: Mutex::new(Some(Open { disk, writer: thread })) })
+        Ok(Host { node, open: Mutex::new(Some(open)) })
     }
 
     /// Starts the replica of a group on this node, from disk if it was here before. `voters` (with their addresses) founds
@@ -108,12 +115,12 @@ impl Host {
         group: GroupId,
         machine: M::Config,
     ) -> Result<(Arc<GroupLog>, Replica<M>), HostError> {
-        let (disk, node) = (self.disk()?, self.node.clone());
+        let ((disk, acknowledged), node) = (self.disk(group)?, self.node.clone());
         let recovering = tokio::task::spawn_blocking(move || {
             let limits = &node.config.limits;
             let snapshots = Snapshots::open(&snapshot_directory(&node.config.directory), group)?;
             let snapshot = snapshots.current().and_then(|(meta, _)| meta.last_log_id);
-            let log = GroupLog::open(disk.clone(), group, limits.tail_bytes)?;
+            let log = GroupLog::open(disk.clone(), group, limits.tail_bytes, acknowledged)?;
             let fatal = node.fatal.clone();
             let replica = Replica::open(disk, group, machine, snapshots, limits.state_cache_bytes, fatal)?;
             let applied = *replica.applied().borrow();
@@ -130,10 +137,10 @@ impl Host {
         recovered.map_err(host_error)
     }
 
-    fn disk(&self) -> Result<Arc<Disk>, HostError> {
+    fn disk(&self, group: GroupId) -> Result<(Arc<Disk>, Mark), HostError> {
         let open = self.open.lock().expect("nothing panics while it holds this lock");
         let open = open.as_ref().ok_or_else(|| HostError::Stopped("the host was shut down".to_owned()))?;
-        Ok(open.disk.clone())
+        Ok((open.disk.clone(), open.marks.get(&group.0).copied().unwrap_or_default()))
     }
 
     /// The gRPC service for other nodes' messages, to be added to the node's server.
@@ -169,7 +176,7 @@ impl Host {
     /// asked of them fails.
     pub async fn shutdown(&self) {
         let taken = self.open.lock().expect("nothing panics while it holds this lock").take();
-        let Some(Open { disk, writer }) = taken else { return };
+        let Some(Open { disk, writer, .. }) = taken else { return };
         self.node.stop.send_replace(true);
         for endpoint in self.node.all_endpoints() {
             endpoint.stop().await;

@@ -18,6 +18,7 @@
 //!
 //! The formats on disk are described in `docs/storage.md`.
 
+mod acknowledged;
 mod api;
 mod disk;
 mod fatal;

@@ -26,6 +26,7 @@ use tokio::sync::Notify;
 use verdict_protocol::ids::GroupId;
 
 use crate::{
+    acknowledged::Mark,
     disk::{Disk, GroupKey, damaged, group_key, io_error, log_key, unseal},
     types::{Command, Entry, LogId, Types, Vote},
     writer::{Operation, Writer},
@@ -43,6 +44,8 @@ pub(crate) struct GroupLog {
     inner: Mutex<Inner>,
     /// The last index that the writer has taken up; what is committed beyond it isn't written yet.
     queued_last: AtomicU64,
+    /// The term of the last vote that the writer has taken up.
+    queued_vote: AtomicU64,
     /// Told after every append, for whoever decides about snapshots.
     grown: Notify,
 }
@@ -74,7 +77,12 @@ struct Cached {
 
 impl GroupLog {
     /// Reads the log of `group`, and checks every entry of it.
-    pub(crate) fn open(disk: Arc<Disk>, group: GroupId, tail_bytes_max: usize) -> io::Result<Arc<GroupLog>> {
+    pub(crate) fn open(
+        disk: Arc<Disk>,
+        group: GroupId,
+        tail_bytes_max: usize,
+        acknowledged: Mark,
+    ) -> io::Result<Arc<GroupLog>> {
         let purged: Option<LogId> = disk.read_meta(&group_key(group, GroupKey::Purged))?;
         let committed: Option<LogId> = disk.read_meta(&group_key(group, GroupKey::Committed))?;
         let mut inner = Inner {
@@ -100,11 +108,23 @@ impl GroupLog {
             )));
         }
         let queued_last = AtomicU64::new(inner.last.map_or(0, |id| id.index));
+        let queued_vote = AtomicU64::new(inner.vote.map_or(0, |vote| vote.leader_id.term));
+        let found = Mark {
+            last_index: queued_last.load(Ordering::Acquire),
+            vote_term: queued_vote.load(Ordering::Acquire),
+        };
+        if found.last_index < acknowledged.last_index || found.vote_term < acknowledged.vote_term {
+            return Err(damaged(&format!(
+                "group {group} was acknowledged as {acknowledged:?}, but only {found:?} is there; this disk can't be used \
+                 under this node id any more"
+            )));
+        }
         Ok(Arc::new(GroupLog {
             group,
             tail_bytes_max,
             inner: Mutex::new(inner),
             queued_last,
+            queued_vote,
             grown: Notify::new(),
         }))
     }
@@ -160,6 +180,18 @@ impl GroupLog {
 
     pub(crate) fn set_queued_last(&self, index: u64) {
         self.queued_last.store(index, Ordering::Release);
+    }
+
+    pub(crate) fn set_queued_vote(&self, term: u64) {
+        self.queued_vote.store(term, Ordering::Release);
+    }
+
+    /// What is acknowledged once the writer is done with all that it has taken up.
+    pub(crate) fn queued(&self) -> Mark {
+        Mark {
+            last_index: self.queued_last.load(Ordering::Acquire),
+            vote_term: self.queued_vote.load(Ordering::Acquire),
+        }
     }
 
     pub(crate) fn raise_queued_last(&self, index: u64) {
@@ -287,7 +319,9 @@ impl Inner {
                     Some((found, value)) if found == key => value,
                     _ => {
                         iterator.status().map_err(io_error)?;
-                        return Err(damaged(&format!("entry {index} of group {group} is missing from the log")));
+                        return Err(damaged(&format!(
+                            "entry {index} of group {group} is missing from the log"
+                        )));
                     }
                 };
                 let entry: Entry = unseal(&key, value)?;

@@ -79,7 +79,11 @@ impl Line {
         Duration::from_millis(self.node.config.timing.request_timeout_ms)
     }
 
-    async fn send_snapshot(&self, vote: &Vote, snapshot: &SnapshotFile) -> Result<SnapshotResponse<Types>, Error> {
+    async fn send_snapshot(
+        &self,
+        vote: &Vote,
+        snapshot: &SnapshotFile,
+    ) -> Result<SnapshotResponse<Types>, Error> {
         let first = v1::SnapshotChunk {
             hello: Some(self.node.hello(self.peer.id())),
             group: self.group,
@@ -131,13 +135,14 @@ impl RaftNetworkV2<Types> for Line {
         let asked = input.then(move |request| async move {
             let (prev, last) = range(&request);
             let answer = line.peer.request(line.group, kind::APPEND, encode(&request)).await;
-            async move {
-                let reply = wait::<AppendEntriesResponse<Types>>(answer, patience).await?;
-                Ok((reply.into_stream_result(prev, last), last))
-            }
+            (answer, prev, last)
+        });
+        let answered = asked.map(move |(answer, prev, last)| async move {
+            let reply = wait::<AppendEntriesResponse<Types>>(answer, patience).await?;
+            Ok((reply.into_stream_result(prev, last), last))
         });
         // After a refusal or a failure the rest makes no sense: the stream ends, and openraft begins another.
-        let results = asked.buffered(APPENDS_IN_FLIGHT).scan(true, |go_on, item: Result<_, Error>| {
+        let results = answered.buffered(APPENDS_IN_FLIGHT).scan(true, |go_on, item: Result<_, Error>| {
             if !*go_on {
                 return std::future::ready(None);
             }
@@ -152,11 +157,19 @@ impl RaftNetworkV2<Types> for Line {
         Box::pin(std::future::ready(Ok(results)))
     }
 
-    async fn vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Result<VoteResponse<Types>, Error> {
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, Error> {
         self.call(kind::VOTE, &rpc, option.soft_ttl()).await
     }
 
-    async fn pre_vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Result<VoteResponse<Types>, Error> {
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, Error> {
         self.call(kind::PRE_VOTE, &rpc, option.soft_ttl()).await
     }
 

@@ -130,7 +130,11 @@ impl Node {
                 }
             }
         };
-        if fresh { self.remember(hello).await.map_err(|error| Refusal::Stopped(error.to_string())) } else { Ok(()) }
+        if fresh {
+            self.remember(hello).await.map_err(|error| Refusal::Stopped(error.to_string()))
+        } else {
+            Ok(())
+        }
     }
 
     async fn remember(&self, hello: &v1::Hello) -> io::Result<()> {

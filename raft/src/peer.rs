@@ -242,7 +242,11 @@ fn told(node: &Node, id: u64, status: &tonic::Status) -> String {
     status.to_string()
 }
 
-async fn read_replies(mut incoming: Streaming<v1::RaftFrame>, pending: &Pending, patience: Duration) -> String {
+async fn read_replies(
+    mut incoming: Streaming<v1::RaftFrame>,
+    pending: &Pending,
+    patience: Duration,
+) -> String {
     loop {
         let frame = match timeout(patience / 2, incoming.message()).await {
             Err(_) if pending.waits_longer_than(patience) => return "no answer in time".to_owned(),

@@ -180,9 +180,8 @@ impl<M: Machine> Core<M> {
                 Reply::none()
             }
             EntryPayload::Normal(command) => {
-                let reply =
-                    machine::apply(&mut self.machine, &mut self.store, log_id.index, &command.0)
-                        .map_err(|error| io::Error::other(error.to_string()))?;
+                let reply = machine::apply(&mut self.machine, &mut self.store, log_id.index, &command.0)
+                    .map_err(|error| io::Error::other(error.to_string()))?;
                 if wanted { Reply::some(reply) } else { Reply::none() }
             }
         };

@@ -5,12 +5,7 @@
 //! - The appends of a connection reach each group in the order in which they came, and are answered as they are done.
 //! - What is being worked on is bounded; beyond that the connection isn't read.
 
-use std::{
-    pin::Pin,
-    sync::Arc,
-    task::Poll,
-    time::Duration,
-};
+use std::{pin::Pin, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use futures::{
@@ -202,7 +197,10 @@ impl Conversation {
     }
 }
 
-fn answer(endpoint: Option<Arc<dyn Endpoint>>, message: v1::RaftMessage) -> BoxFuture<'static, v1::RaftMessage> {
+fn answer(
+    endpoint: Option<Arc<dyn Endpoint>>,
+    message: v1::RaftMessage,
+) -> BoxFuture<'static, v1::RaftMessage> {
     let v1::RaftMessage { group, request, kind: asked, body } = message;
     Box::pin(async move {
         let outcome = match endpoint {

@@ -158,7 +158,11 @@ impl Snapshots {
 
     /// Gives a whole, synced file its final name, and removes the one before it. An older snapshot than the current one is
     /// dropped.
-    pub(crate) fn publish(&self, path: &Path, meta: SnapshotMeta) -> io::Result<(SnapshotMeta, SnapshotFile)> {
+    pub(crate) fn publish(
+        &self,
+        path: &Path,
+        meta: SnapshotMeta,
+    ) -> io::Result<(SnapshotMeta, SnapshotFile)> {
         let mut current = self.lock();
         if let Some((newest, file)) = &*current
             && newest.last_log_id > meta.last_log_id

@@ -196,7 +196,8 @@ impl Store for GroupStore {
         options.set_iterate_upper_bound(self.machine_key(to));
         let mut stored = disk.db().raw_iterator_cf_opt(disk.state(), options);
         stored.seek(self.machine_key(from));
-        let mut changed = self.changes.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))).peekable();
+        let mut changed =
+            self.changes.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))).peekable();
         loop {
             let below = stored.item().map(|(key, value)| (&key[PREFIX_BYTES + 1..], value));
             let above = changed.peek().map(|(key, value)| (key.as_slice(), value.as_ref()));
@@ -234,7 +235,8 @@ impl Store for GroupStore {
         options.set_iterate_upper_bound(self.machine_key(to));
         let mut stored = disk.db().raw_iterator_cf_opt(disk.state(), options);
         stored.seek_to_last();
-        let mut changed = self.changes.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))).rev().peekable();
+        let mut changed =
+            self.changes.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))).rev().peekable();
         loop {
             let below = stored.item().map(|(key, value)| (&key[PREFIX_BYTES + 1..], value));
             let above = changed.peek().map(|(key, value)| (key.as_slice(), value.as_ref()));
@@ -274,12 +276,7 @@ impl Cache {
     const OVERHEAD_BYTES: usize = 96;
 
     fn new(bytes_max: usize) -> Cache {
-        Cache {
-            half_bytes_max: bytes_max / 2,
-            newer: HashMap::new(),
-            older: HashMap::new(),
-            newer_bytes: 0,
-        }
+        Cache { half_bytes_max: bytes_max / 2, newer: HashMap::new(), older: HashMap::new(), newer_bytes: 0 }
     }
 
     fn get(&mut self, key: &[u8]) -> Option<Option<Bytes>> {

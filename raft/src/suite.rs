@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use openraft::{StorageError, testing::log::{StoreBuilder, Suite}};
+use openraft::{
+    StorageError,
+    testing::log::{StoreBuilder, Suite},
+};
 use tempfile::TempDir;
 use verdict_protocol::{
     ids::GroupId,
@@ -11,6 +14,7 @@ use verdict_protocol::{
 };
 
 use crate::{
+    acknowledged::{Acknowledged, Mark},
     disk::{Disk, snapshot_directory},
     fatal::Fatal,
     log::{GroupLog, LogStore},
@@ -48,8 +52,11 @@ impl StoreBuilder<Types, LogStore, StateMachine<Nothing>, TempDir> for Builder {
         let snapshots = snapshot_directory(directory.path());
         snapshot::clean_up(&snapshots).unwrap();
         let snapshots = Snapshots::open(&snapshots, group).unwrap();
-        let (fatal, log) = (Fatal::new(), GroupLog::open(disk.clone(), group, TAIL_BYTES).unwrap());
-        let (writer, _) = Writer::start(disk.clone(), fatal.clone(), 64).unwrap();
+        let (fatal, log) =
+            (Fatal::new(), GroupLog::open(disk.clone(), group, TAIL_BYTES, Mark::default()).unwrap());
+        let (writer, _) =
+            Writer::start(disk.clone(), Acknowledged::open(directory.path()).unwrap(), fatal.clone(), 64)
+                .unwrap();
         let replica = Replica::open(disk, group, (), snapshots, 1 << 20, fatal).unwrap();
         Ok((directory, LogStore::new(log, writer), StateMachine(Arc::new(replica))))
     }

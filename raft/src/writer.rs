@@ -22,6 +22,7 @@ use rocksdb::WriteBatch;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
+    acknowledged::{Acknowledged, Mark},
     disk::{Disk, GroupKey, group_key, io_error, log_key, seal},
     fatal::Fatal,
     log::GroupLog,
@@ -62,12 +63,13 @@ impl Writer {
     /// Starts the thread.
     pub(crate) fn start(
         disk: Arc<Disk>,
+        acknowledged: Acknowledged,
         fatal: Fatal,
         queue: usize,
     ) -> io::Result<(Writer, thread::JoinHandle<()>)> {
         let (sender, receiver) = mpsc::channel(queue);
         let writer = Writer { queue: sender, fatal: fatal.clone(), fail: Arc::default() };
-        let worker = Worker { disk, fatal, queue: receiver, fail: writer.fail.clone() };
+        let worker = Worker { disk, acknowledged, fatal, queue: receiver, fail: writer.fail.clone() };
         let thread = thread::Builder::new().name("log-writer".to_owned()).spawn(move || worker.run())?;
         Ok((writer, thread))
     }
@@ -99,6 +101,7 @@ impl Writer {
 
 struct Worker {
     disk: Arc<Disk>,
+    acknowledged: Acknowledged,
     fatal: Fatal,
     queue: mpsc::Receiver<Operation>,
     fail: Arc<AtomicBool>,
@@ -122,24 +125,30 @@ impl Worker {
         }
     }
 
-    fn write(&self, batch: &mut Batch) -> Result<(), String> {
+    fn write(&mut self, batch: &mut Batch) -> Result<(), String> {
         if let Err(error) = self.fatal.check() {
             return Err(error.to_string());
         }
-        batch.add_committed(&self.disk);
-        let written = self.disk.db().write(std::mem::take(&mut batch.writes)).and_then(|()| {
-            // Apart from the write, so that writers of state needn't wait for the disk.
-            self.disk.db().flush_wal(true)
-        });
-        let written = match written {
-            Ok(()) if self.fail.swap(false, Ordering::AcqRel) => Err("injected failure".to_owned()),
-            Ok(()) => Ok(()),
-            Err(error) => Err(io_error(error).to_string()),
-        };
+        let written = self.write_and_sync(batch).map_err(|error| error.to_string());
         if let Err(error) = &written {
             self.fatal.raise(&format!("write and sync the log: {error}"));
         }
         written
+    }
+
+    fn write_and_sync(&mut self, batch: &mut Batch) -> io::Result<()> {
+        batch.add_committed(&self.disk);
+        let marks: Vec<(u32, Mark)> = batch.logs.iter().map(|log| (log.group().0, log.queued())).collect();
+        if batch.truncates {
+            self.acknowledged.update(&marks, true)?;
+        }
+        self.disk.db().write(std::mem::take(&mut batch.writes)).map_err(io_error)?;
+        // Apart from the write, so that writers of state needn't wait for the disk.
+        self.disk.db().flush_wal(true).map_err(io_error)?;
+        if self.fail.swap(false, Ordering::AcqRel) {
+            return Err(io::Error::other("injected failure"));
+        }
+        self.acknowledged.update(&marks, false)
     }
 }
 
@@ -148,6 +157,7 @@ struct Batch {
     writes: WriteBatch,
     waiting: Vec<Waiting>,
     logs: Vec<Arc<GroupLog>>,
+    truncates: bool,
 }
 
 impl Batch {
@@ -174,6 +184,7 @@ impl Batch {
                     self.writes.delete_cf(disk.log(), log_key(log.group(), index));
                 }
                 log.set_queued_last(from.saturating_sub(1));
+                self.truncates = true;
                 self.note(&log);
                 self.waiting.push(Waiting::Done(done));
             }
@@ -191,6 +202,7 @@ impl Batch {
             Operation::Vote { log, vote, done } => {
                 let key = group_key(log.group(), GroupKey::Vote);
                 self.writes.put_cf(disk.meta(), key, seal(&key, &vote));
+                log.set_queued_vote(vote.leader_id.term);
                 self.note(&log);
                 self.waiting.push(Waiting::Done(done));
             }

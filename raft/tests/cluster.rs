@@ -9,7 +9,10 @@ use std::{
 
 use rocksdb::{ColumnFamilyDescriptor, DB, Options};
 use tempfile::TempDir;
-use tokio::{sync::oneshot, time::{sleep, timeout}};
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use verdict_proto::connect::InProcess;
 use verdict_protocol::{
@@ -225,10 +228,12 @@ async fn three_nodes_elect_replicate_restart_and_agree() {
             assert_eq!(machine.applied, 2);
             assert_eq!(store.get(b"\x11a=").unwrap().unwrap(), "one");
             let mut keys = Vec::new();
-            store.scan(b"\x11", b"\x12", &mut |key, _| {
-                keys.push(key.to_vec());
-                true
-            }).unwrap();
+            store
+                .scan(b"\x11", b"\x12", &mut |key, _| {
+                    keys.push(key.to_vec());
+                    true
+                })
+                .unwrap();
             assert_eq!(keys, [b"\x11a=", b"\x11b="]);
             assert_eq!(store.last(b"\x11", b"\x12").unwrap().unwrap().0, &b"\x11b="[..]);
         });
@@ -411,6 +416,36 @@ async fn a_damaged_or_missing_entry_is_refused_at_start() {
     }
     cluster.start(1).await;
     cluster.converge().await;
+    cluster.stop_all().await;
+}
+
+/// The newest write-ahead log with something in it.
+fn write_ahead_log(path: &Path) -> PathBuf {
+    let files = std::fs::read_dir(path.join("db")).unwrap().map(|entry| entry.unwrap().path());
+    let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+    logs.filter(|path| path.metadata().unwrap().len() > 0).max().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_or_flipped_write_ahead_log_is_refused_at_start() {
+    let mut cluster = Cluster::start_three(Limits::default()).await;
+    for call in 0..20 {
+        cluster.propose(&format!("a={call}")).await;
+    }
+    cluster.converge().await;
+    cluster.stop(1).await;
+    let log = write_ahead_log(&cluster.path(1));
+    let whole = std::fs::read(&log).unwrap();
+    for place in [whole.len() / 3, whole.len() / 2] {
+        let mut flipped = whole.clone();
+        flipped[place] ^= 0x10;
+        std::fs::write(&log, flipped).unwrap();
+        let refused = cluster.try_start(1).await.err().unwrap();
+        assert!(matches!(refused, HostError::Damaged(_)), "flipped at {place}: {refused}");
+    }
+    std::fs::write(&log, &whole[..whole.len() / 2]).unwrap();
+    let refused = cluster.try_start(1).await.err().unwrap();
+    assert!(matches!(refused, HostError::Damaged(_)), "cut: {refused}");
     cluster.stop_all().await;
 }
 
