@@ -58,7 +58,8 @@ install() {
   fi
   say "installing by apt: $*"
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get update -qq || say "apt-get update failed; trying with the lists as they are"
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" > /dev/null
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    -o DPkg::Lock::Timeout=120 "$@" > /dev/null # a fresh machine may still be busy with its own updates
 }
 
 # PyPI has libclang as a wheel, for machines on which nothing can be installed.

@@ -35,8 +35,10 @@ comments='^[^:]*:[0-9]+:[[:space:]]*//'
 # Who may know whom. Dependencies point one way.
 search '\bopenraft\b' '*.rs' '*/Cargo.toml' ':!raft/' |
   rule 'only raft/ names openraft: use what verdict-raft offers, or extend it'
-search '^verdict[-a-z]*\b' protocol/Cargo.toml proto/Cargo.toml |
-  rule 'protocol/ and proto/ depend on no crate of ours: move the code to the crate that depends on them'
+search '^verdict-' protocol/Cargo.toml |
+  rule 'protocol/ depends on no crate of ours: move the code to the crate that depends on it'
+search '\bverdict_protocol::(\{.*)?\b(coordinator|leader|shard)\b|^[[:space:]]+(coordinator|leader|shard)::' 'proto/*.rs' 'raft/*.rs' |
+  rule "proto/ and raft/ don't know the protocol's machines: only its types"
 search '\bverdict[-_]participant\b' coordinator/Cargo.toml 'coordinator/*.rs' |
   rule 'coordinator/ and participant/ never know each other: they speak the stream protocol'
 search '\bverdict[-_]coordinator\b' participant/Cargo.toml 'participant/*.rs' |
