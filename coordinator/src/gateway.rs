@@ -1,0 +1,559 @@
+//! What every node does with a call: check it, bring it to the leader, tell the answer.
+//!
+//! Submissions go through the [`crate::submitter`]; questions (outcomes, reads, lists) are short calls that are asked here, of the
+//! local driver or of the leader's node, again and again until their time is up: asking twice is harmless.
+//!
+//! A call that another node forwarded is answered here or not at all, so no call goes in circles.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use prost::Message as _;
+use tokio::{sync::mpsc, time::Instant};
+use tonic::{
+    Code, Request as TonicRequest, Response, Status,
+    metadata::{MetadataMap, MetadataValue},
+};
+use verdict_proto::{
+    convert::{
+        batch_from_wire, batch_id, history_to_wire, outcome_to_wire, row_from_wire, row_value_to_wire,
+    },
+    v1::{self, settlement_client::SettlementClient},
+};
+use verdict_protocol::{
+    batch::{Batch, BatchError, BatchLimits, Placement, RowKey},
+    coordinator::Coordinator,
+    ids::{BatchId, ContentHash, NodeId, Stamp},
+    leader::Reply,
+};
+use verdict_raft::{Group, ReadError};
+
+use crate::{
+    caller::Caller,
+    driver::{Answer, NotServed, Question, Request},
+    failure::{CallFailure, is_answer, says_not_leader},
+    leaders::Leaders,
+    submitter::{FORWARDED, Submission, refusal_of, undecided, unknown},
+};
+
+/// Rows of one read.
+const ROWS_MAX: usize = 1000;
+/// Entries of one list, at most and by default.
+pub(crate) const LIST_MAX: u32 = 10_000;
+pub(crate) const LIST_DEFAULT: u32 = 100;
+/// How long a question may take if the caller doesn't say.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest that `wait_ms` of a question waits.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+/// The pause between two tries to ask.
+const PAUSE: Duration = Duration::from_millis(30);
+/// How much earlier than the caller's own time limit an answer is given: a tenth of the time, but at most this.
+const MARGIN: Duration = Duration::from_millis(50);
+/// Time for the way to a leader and back, beyond what the question itself may wait.
+const WAY: Duration = Duration::from_secs(2);
+
+/// What the gateway needs to know.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GatewayConfig {
+    pub(crate) node: NodeId,
+    pub(crate) placement: Placement,
+    pub(crate) limits: BatchLimits,
+    pub(crate) timeout_default: Duration,
+    pub(crate) timeout_max: Duration,
+    pub(crate) grace: Duration,
+    pub(crate) message_bytes_max: usize,
+}
+
+/// The gateway of a node.
+pub(crate) struct Gateway {
+    pub(crate) config: GatewayConfig,
+    pub(crate) leaders: Arc<Leaders>,
+    pub(crate) submissions: mpsc::Sender<Submission>,
+    /// The local replica and its driver.
+    pub(crate) local: Option<Local>,
+}
+
+/// The coordinator's replica on this node.
+#[derive(Clone)]
+pub(crate) struct Local {
+    pub(crate) group: Group<Coordinator>,
+    pub(crate) driver: mpsc::Sender<Request>,
+}
+
+/// How a call came.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Origin {
+    /// Another node forwarded it.
+    pub(crate) forwarded: bool,
+    /// The caller's own time limit, from now.
+    pub(crate) timeout: Option<Duration>,
+}
+
+impl Origin {
+    /// A call inside this process.
+    pub(crate) const EMBEDDED: Origin = Origin { forwarded: false, timeout: None };
+
+    /// As the metadata tell.
+    pub(crate) fn of(metadata: &MetadataMap) -> Origin {
+        let timeout = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok());
+        Origin { forwarded: metadata.contains_key(FORWARDED), timeout: timeout.and_then(grpc_timeout) }
+    }
+
+    /// When to answer at the latest, if the question itself may take so long.
+    fn deadline(&self, most: Duration) -> Instant {
+        let own = self.timeout.map(|timeout| timeout - MARGIN.min(timeout / 10));
+        Instant::now() + own.map_or(most, |own| own.min(most))
+    }
+}
+
+/// Parses the `grpc-timeout` header: up to eight digits and a unit.
+fn grpc_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let count: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    match unit {
+        "H" => Some(Duration::from_secs(count * 3600)),
+        "M" => Some(Duration::from_secs(count * 60)),
+        "S" => Some(Duration::from_secs(count)),
+        "m" => Some(Duration::from_millis(count)),
+        "u" => Some(Duration::from_micros(count)),
+        "n" => Some(Duration::from_nanos(count)),
+        _ => None,
+    }
+}
+
+/// A batch that has passed all checks.
+#[derive(Debug)]
+pub(crate) struct Checked {
+    pub(crate) batch: Batch,
+    pub(crate) hash: ContentHash,
+    /// Of the message that brought it.
+    pub(crate) bytes: usize,
+}
+
+/// How one try to ask the leader ended, if not with an answer.
+pub(crate) enum Tried {
+    /// Somebody else may lead.
+    Elsewhere(Option<NodeId>),
+    /// This is the answer.
+    Final(Status),
+}
+
+impl From<CallFailure> for Tried {
+    fn from(failure: CallFailure) -> Tried {
+        Tried::Final(failure.status())
+    }
+}
+
+impl Gateway {
+    /// Checks a batch as it was sent.
+    pub(crate) fn check(&self, batch: Option<v1::Batch>) -> Result<Checked, CallFailure> {
+        let batch = batch.ok_or_else(|| CallFailure::invalid("batch", "is missing"))?;
+        let bytes = batch.encoded_len();
+        let count = batch.operations.len();
+        if count > self.config.limits.operations_max {
+            // Before anything is made of them.
+            let most = self.config.limits.operations_max;
+            let problem = format!("has {count} operations, at most {most} are allowed");
+            return Err(CallFailure::invalid("batch.operations", problem));
+        }
+        let batch = batch_from_wire(batch)?;
+        batch.check(&self.config.limits, self.config.placement)?;
+        let hash = batch.hash();
+        Ok(Checked { batch, hash, bytes })
+    }
+
+    /// The submission of a checked batch.
+    pub(crate) fn submission(
+        &self,
+        checked: Checked,
+        origin: Origin,
+        caller: Caller<Result<v1::Outcome, CallFailure>>,
+    ) -> Submission {
+        let Checked { batch, hash, bytes } = checked;
+        let own = match batch.timeout_ms {
+            0 => self.config.timeout_default,
+            wanted => Duration::from_millis(u64::from(wanted)).min(self.config.timeout_max),
+        };
+        let deadline = origin.deadline(own + self.config.grace);
+        Submission { batch, hash, bytes, deadline, caller }
+    }
+
+    /// Settles one batch.
+    pub(crate) async fn submit(
+        &self,
+        batch: Option<v1::Batch>,
+        origin: Origin,
+    ) -> Result<v1::Outcome, Status> {
+        let checked = self.check(batch).map_err(CallFailure::status)?;
+        if origin.forwarded {
+            return self.submit_here(checked).await;
+        }
+        let (caller, answer) = Caller::once();
+        let submission = self.submission(checked, origin, caller);
+        self.submissions.send(submission).await.map_err(|_| self.stopping())?;
+        answer.await.map_err(|_| self.stopping())?.map_err(CallFailure::status)
+    }
+
+    /// Settles one batch that another node forwarded.
+    async fn submit_here(&self, checked: Checked) -> Result<v1::Outcome, Status> {
+        let Checked { batch, hash, .. } = checked;
+        let id = batch.id;
+        match self.ask(Question::Submit { batch, hash }).await {
+            Ok(Reply::Decided(decision)) => Ok(outcome_to_wire(&decision)),
+            Ok(Reply::Refused(refusal)) => Err(refusal_of(&refusal, id).status()),
+            Ok(_) => Err(unexpected()),
+            Err(NotServed::NotLeader) => Err(self.not_leader()),
+            Err(NotServed::Overloaded) => Err(CallFailure::overloaded("too many callers wait").status()),
+            Err(NotServed::Lost) => Ok(unknown(id, "the leadership ended while the batch was under way")),
+        }
+    }
+
+    /// Tells an outcome.
+    pub(crate) async fn get_batch(
+        &self,
+        request: v1::GetBatchRequest,
+        origin: Origin,
+    ) -> Result<v1::Outcome, Status> {
+        let id =
+            batch_id("batch_id", &request.batch_id).map_err(|error| CallFailure::from(error).status())?;
+        if let Some(local) = &self.local
+            && let Ok(Some(decision)) = local.group.read(|machine, store| machine.decision(store, id))
+        {
+            // It never changes, so any replica may tell it (rule R7).
+            return Ok(outcome_to_wire(&decision));
+        }
+        let wait = Duration::from_millis(u64::from(request.wait_ms)).min(WAIT_MAX);
+        let deadline = origin.deadline(QUESTION_TIMEOUT + wait);
+        let asked = Instant::now();
+        let left = || {
+            let until = (asked + wait).min(deadline);
+            until.saturating_duration_since(Instant::now())
+        };
+        let abort_if_not_seen = request.abort_if_not_seen;
+        let local = || self.query(id, left(), abort_if_not_seen);
+        let remote = |mut client: SettlementClient<_>| {
+            let wait_ms = left().as_millis() as u32;
+            let request = v1::GetBatchRequest { batch_id: id.to_string(), abort_if_not_seen, wait_ms };
+            async move { client.get_batch(forwarded(request, left() + WAY)).await }
+        };
+        let response = self.at_leader(deadline, origin, local, remote).await;
+        match response {
+            Ok(response) => response
+                .outcome
+                .ok_or_else(|| Status::internal("the leader gave an answer without an outcome")),
+            // The wish to abort may have been taken up: nobody can say that nothing was proposed.
+            Err(status) if abort_if_not_seen && status.code() == Code::Unavailable && !origin.forwarded => {
+                Ok(unknown(id, status.message()))
+            }
+            Err(status) => Err(status),
+        }
+    }
+
+    /// Asks the local driver for an outcome, and waits for it so long.
+    async fn query(&self, id: BatchId, wait: Duration, abort: bool) -> Result<v1::GetBatchResponse, Tried> {
+        let question = Question::Query { id, wait: abort || !wait.is_zero(), abort_if_not_seen: abort };
+        let wait = if abort { wait.max(WAY) } else { wait };
+        // The confirmation of the leadership takes its time even if nobody waits for a decision.
+        let answer = match tokio::time::timeout(wait + WAY, self.ask(question)).await {
+            Ok(answer) => answer,
+            Err(_) => Ok(Reply::InProgress),
+        };
+        let outcome = match self.served(answer)? {
+            Reply::Decided(decision) => outcome_to_wire(&decision),
+            Reply::InProgress => {
+                undecided(id, v1::UndecidedState::InProgress, "the batch is being prepared or decided")
+            }
+            Reply::NotSeen => undecided(
+                id,
+                v1::UndecidedState::NotSeen,
+                "there is no trace of the id: submitting it is safe",
+            ),
+            Reply::Refused(refusal) => return Err(refusal_of(&refusal, id).into()),
+            Reply::Rows { .. } | Reply::History { .. } => return Err(Tried::Final(unexpected())),
+        };
+        Ok(v1::GetBatchResponse { outcome: Some(outcome) })
+    }
+
+    /// Reads rows.
+    pub(crate) async fn read(
+        &self,
+        request: v1::ReadRequest,
+        origin: Origin,
+    ) -> Result<v1::ReadResponse, Status> {
+        let rows = rows_of(&request).map_err(CallFailure::status)?;
+        let deadline = origin.deadline(QUESTION_TIMEOUT);
+        let local = || self.read_here(&rows);
+        let remote = |mut client: SettlementClient<_>| {
+            let request = forwarded(request.clone(), deadline.saturating_duration_since(Instant::now()));
+            async move { client.read(request).await }
+        };
+        self.at_leader(deadline, origin, local, remote).await
+    }
+
+    async fn read_here(&self, rows: &[RowKey]) -> Result<v1::ReadResponse, Tried> {
+        let answer = self.ask(Question::Read { rows: rows.to_vec() }).await;
+        match self.served(answer)? {
+            Reply::Rows { position, rows: values } => {
+                let values = rows.iter().zip(&values).map(|(row, at)| row_value_to_wire(row, at)).collect();
+                Ok(v1::ReadResponse { position: position.0, values })
+            }
+            Reply::Refused(refusal) => Err(CallFailure::of_refusal(&refusal, None).into()),
+            Reply::Decided(_) | Reply::InProgress | Reply::NotSeen | Reply::History { .. } => {
+                Err(Tried::Final(unexpected()))
+            }
+        }
+    }
+
+    /// Reads the history of a row.
+    pub(crate) async fn history(
+        &self,
+        request: v1::HistoryRequest,
+        origin: Origin,
+    ) -> Result<v1::HistoryResponse, Status> {
+        let (row, limit) = history_of(&request).map_err(CallFailure::status)?;
+        let deadline = origin.deadline(QUESTION_TIMEOUT);
+        let local = || self.history_here(&row, Stamp(request.from), limit);
+        let remote = |mut client: SettlementClient<_>| {
+            let request = forwarded(request.clone(), deadline.saturating_duration_since(Instant::now()));
+            async move { client.history(request).await }
+        };
+        self.at_leader(deadline, origin, local, remote).await
+    }
+
+    async fn history_here(
+        &self,
+        row: &RowKey,
+        from: Stamp,
+        limit: usize,
+    ) -> Result<v1::HistoryResponse, Tried> {
+        let answer = self.ask(Question::History { row: row.clone(), from, limit }).await;
+        match self.served(answer)? {
+            Reply::History { position, changes, next } => Ok(v1::HistoryResponse {
+                position: position.0,
+                entries: changes.iter().map(history_to_wire).collect(),
+                next: next.unwrap_or_default().0,
+                oldest: 0,
+            }),
+            Reply::Refused(refusal) => Err(CallFailure::of_refusal(&refusal, None).into()),
+            Reply::Decided(_) | Reply::InProgress | Reply::NotSeen | Reply::Rows { .. } => {
+                Err(Tried::Final(unexpected()))
+            }
+        }
+    }
+
+    /// Lists decisions in the order of recording, none that was answered before the call missing.
+    pub(crate) async fn list_here(
+        &self,
+        from: u64,
+        limit: usize,
+    ) -> Result<v1::ListDecisionsResponse, Tried> {
+        let Some(local) = &self.local else { return Err(Tried::Elsewhere(None)) };
+        match local.group.read_barrier().await {
+            Ok(_) => {}
+            Err(ReadError::NotLeader { leader }) => return Err(Tried::Elsewhere(leader)),
+            Err(ReadError::Unavailable(_) | ReadError::Stopped(_)) => return Err(Tried::Elsewhere(None)),
+        }
+        let listed = local.group.read(|machine, store| machine.list(store, from, limit));
+        let (listed, next) = listed.map_err(|error| Tried::Final(Status::internal(error.to_string())))?;
+        let decisions = listed.iter().map(|listed| v1::Decision {
+            position: listed.position,
+            outcome: Some(outcome_to_wire(&listed.decision)),
+            shards: listed.decision.shards.iter().map(|shard| shard.0).collect(),
+            finished: listed.finished,
+        });
+        Ok(v1::ListDecisionsResponse { decisions: decisions.collect(), next: next.unwrap_or_default() })
+    }
+
+    /// Asks the local driver.
+    async fn ask(&self, question: Question) -> Answer {
+        let Some(local) = &self.local else { return Err(NotServed::NotLeader) };
+        if !self.leaders.is_local() {
+            return Err(NotServed::NotLeader);
+        }
+        let (caller, answer) = Caller::once();
+        match local.driver.try_send(Request { question, caller }) {
+            Ok(()) => answer.await.unwrap_or(Err(NotServed::Lost)),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(NotServed::Overloaded),
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(NotServed::NotLeader),
+        }
+    }
+
+    fn served(&self, answer: Answer) -> Result<Reply, Tried> {
+        answer.map_err(|why| match why {
+            NotServed::NotLeader | NotServed::Lost => {
+                Tried::Elsewhere(self.leaders.hint(Some(self.config.node)).map(|hint| hint.node))
+            }
+            NotServed::Overloaded => CallFailure::overloaded("too many callers wait at the leader").into(),
+        })
+    }
+
+    /// Asks the leader a question that may be asked twice, wherever the leader is, until there is an answer or no more time.
+    pub(crate) async fn at_leader<T, L, R>(
+        &self,
+        deadline: Instant,
+        origin: Origin,
+        local: impl Fn() -> L,
+        remote: impl Fn(SettlementClient<tonic::transport::Channel>) -> R,
+    ) -> Result<T, Status>
+    where
+        L: Future<Output = Result<T, Tried>>,
+        R: Future<Output = Result<Response<T>, Status>>,
+    {
+        let remote = |channel| {
+            let client = SettlementClient::new(channel)
+                .max_decoding_message_size(self.config.message_bytes_max)
+                .max_encoding_message_size(self.config.message_bytes_max);
+            remote(client)
+        };
+        self.at_leader_by(deadline, origin, local, remote).await
+    }
+
+    /// As [`Gateway::at_leader`], for any service.
+    pub(crate) async fn at_leader_by<T, L, R>(
+        &self,
+        deadline: Instant,
+        origin: Origin,
+        local: impl Fn() -> L,
+        remote: impl Fn(tonic::transport::Channel) -> R,
+    ) -> Result<T, Status>
+    where
+        L: Future<Output = Result<T, Tried>>,
+        R: Future<Output = Result<Response<T>, Status>>,
+    {
+        loop {
+            let target = if origin.forwarded { self.config.node } else { self.leaders.target() };
+            let tried = async {
+                if target == self.config.node {
+                    return local().await;
+                }
+                let channel = self.leaders.channel(target).ok_or(Tried::Elsewhere(None))?;
+                remote(channel).await.map(Response::into_inner).map_err(|status| tried(&status))
+            };
+            let hint = match tokio::time::timeout_at(deadline, tried).await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(Tried::Final(status))) => return Err(status),
+                Ok(Err(Tried::Elsewhere(hint))) => hint,
+                Err(_) => {
+                    let message = "the leader didn't answer in time";
+                    return Err(CallFailure::unavailable(message, self.leaders.hint(None)).status());
+                }
+            };
+            if origin.forwarded {
+                return Err(self.not_leader());
+            }
+            self.leaders.failed(target, hint);
+            if Instant::now() + PAUSE >= deadline {
+                let message = "no leader of the coordinators was found in time";
+                return Err(CallFailure::unavailable(message, self.leaders.hint(None)).status());
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// "I don't lead", for another node.
+    pub(crate) fn not_leader(&self) -> Status {
+        CallFailure::not_leader(self.leaders.hint(Some(self.config.node))).status()
+    }
+
+    /// The node shuts down.
+    pub(crate) fn stopping(&self) -> Status {
+        // A submission may have been handed over before: this says nothing about it.
+        Status::cancelled("this node is shutting down")
+    }
+}
+
+/// What a status from another node means for the next try.
+fn tried(status: &Status) -> Tried {
+    if let Some(hint) = says_not_leader(status) {
+        return Tried::Elsewhere(hint);
+    }
+    match status.code() {
+        _ if is_answer(status) => Tried::Final(Status::with_details(
+            status.code(),
+            status.message(),
+            status.details().to_vec().into(),
+        )),
+        Code::InvalidArgument | Code::Internal | Code::Unimplemented => {
+            Tried::Final(Status::new(status.code(), status.message()))
+        }
+        // A broken connection, a node that ends.
+        _ => Tried::Elsewhere(None),
+    }
+}
+
+fn unexpected() -> Status {
+    Status::internal("the leader's core gave an answer of another kind than the question")
+}
+
+/// A request to another node's gateway, which must not forward it again.
+pub(crate) fn forwarded<T>(message: T, timeout: Duration) -> TonicRequest<T> {
+    let mut request = TonicRequest::new(message);
+    request.metadata_mut().insert(FORWARDED, MetadataValue::from_static("1"));
+    request.set_timeout(timeout.max(Duration::from_millis(10)));
+    request
+}
+
+/// The rows of a read, checked.
+fn rows_of(request: &v1::ReadRequest) -> Result<Vec<RowKey>, CallFailure> {
+    let count = request.rows.len();
+    if count == 0 || count > ROWS_MAX {
+        let problem = format!("has {count} rows: 1 to {ROWS_MAX} are allowed");
+        return Err(CallFailure::invalid("rows", problem));
+    }
+    let row = |(place, row): (usize, &v1::Row)| row_in(&format!("rows[{place}]"), row.clone());
+    request.rows.iter().enumerate().map(row).collect()
+}
+
+fn row_in(field: &str, row: v1::Row) -> Result<RowKey, CallFailure> {
+    row_from_wire(row).map_err(|BatchError { field: inner, problem }| {
+        CallFailure::invalid(format!("{field}.{inner}"), problem)
+    })
+}
+
+fn history_of(request: &v1::HistoryRequest) -> Result<(RowKey, usize), CallFailure> {
+    let row = request.row.clone().ok_or_else(|| CallFailure::invalid("row", "is missing"))?;
+    Ok((row_in("row", row)?, limit_of(request.limit, LIST_DEFAULT)?))
+}
+
+/// A limit on a list: 0 is the default.
+pub(crate) fn limit_of(limit: u32, default: u32) -> Result<usize, CallFailure> {
+    match limit {
+        0 => Ok(default as usize),
+        1..=LIST_MAX => Ok(limit as usize),
+        _ => Err(CallFailure::invalid("limit", format!("is {limit}: 1 to {LIST_MAX} are allowed"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grpc_timeouts_are_understood() {
+        assert_eq!(grpc_timeout("1500m"), Some(Duration::from_millis(1500)));
+        assert_eq!(grpc_timeout("2S"), Some(Duration::from_secs(2)));
+        assert_eq!(grpc_timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        for wrong in ["", "S", "5", "123456789S", "-1S", "5x"] {
+            assert_eq!(grpc_timeout(wrong), None, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn wrong_rows_and_limits_are_named() {
+        let row = |partition: &str| v1::Row { partition: partition.into(), name: "x".into() };
+        let request = v1::ReadRequest { rows: vec![row("a"), row("")] };
+        assert_eq!(rows_of(&request).unwrap_err().field.as_deref(), Some("rows[1].partition"));
+        assert_eq!(rows_of(&v1::ReadRequest::default()).unwrap_err().field.as_deref(), Some("rows"));
+        let twice = v1::ReadRequest { rows: vec![row("a"), row("a")] };
+        assert_eq!(rows_of(&twice).unwrap().len(), 2, "a row may be read twice");
+        assert_eq!(limit_of(0, 100).unwrap(), 100);
+        assert!(limit_of(10_001, 100).is_err());
+    }
+
+    #[test]
+    fn only_our_own_word_is_final() {
+        assert!(matches!(tried(&Status::unavailable("tcp connect error")), Tried::Elsewhere(None)));
+        let ours = CallFailure::overloaded("full").status();
+        assert!(matches!(tried(&ours), Tried::Final(status) if status.code() == Code::ResourceExhausted));
+        assert!(matches!(tried(&CallFailure::not_leader(None).status()), Tried::Elsewhere(None)));
+    }
+}

@@ -1,0 +1,268 @@
+//! The coordinator's side of one node, put together.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{Mutex, mpsc, watch},
+    task::JoinHandle,
+};
+use tonic::Status;
+use verdict_proto::{
+    connect::Connect,
+    v1::{self, admin_server::AdminServer, settlement_server::SettlementServer},
+};
+use verdict_protocol::{
+    batch::{BatchLimits, Placement},
+    coordinator::Coordinator,
+    ids::{GroupId, NodeId},
+    leader::LeaderConfig,
+};
+use verdict_raft::{Group, Host, HostError};
+
+use crate::{
+    admin::{AdminService, LocalStatus},
+    driver::{Driver, DriverConfig},
+    gateway::{Gateway, GatewayConfig, Local, Origin},
+    leaders::Leaders,
+    router::Router,
+    settlement::SettlementService,
+    submitter::{Submitter, SubmitterLimits},
+};
+
+/// What is added to twice the limit on a batch's bytes to get the limit on messages: names, ids, a list of decisions or of rows.
+const MESSAGE_BYTES_SLACK: usize = 16 << 20;
+
+/// Settings of the coordinator's side of a node.
+#[derive(Clone, Debug)]
+pub struct CoordinatorConfig {
+    /// This node.
+    pub node: NodeId,
+    /// All nodes of the cluster, this one included, and where they listen (`host:port`).
+    pub nodes: BTreeMap<NodeId, String>,
+    /// Where partitions live. The same on all nodes, for ever.
+    pub placement: Placement,
+    /// Settings of the leader.
+    pub leader: LeaderConfig,
+    /// Limits on a batch.
+    pub limits: BatchLimits,
+    /// How often the leader looks at its clock, in milliseconds.
+    pub tick_ms: u64,
+    /// How long a node goes on looking for the end of a batch after the batch's own time, in milliseconds.
+    pub grace_ms: u64,
+    /// Batches in flight on one stream; while there are so many, the stream is read no further.
+    pub stream_window: usize,
+    /// Submissions that may wait at this node, whoever leads; more are refused.
+    pub submissions_max: usize,
+    /// The same in bytes.
+    pub submission_bytes_max: usize,
+    /// Calls that may wait for the local driver.
+    pub requests_max: usize,
+    /// The version of the program, as `Admin.Status` shows it.
+    pub version: String,
+}
+
+impl CoordinatorConfig {
+    /// The defaults.
+    pub fn new(node: NodeId, nodes: BTreeMap<NodeId, String>, placement: Placement) -> CoordinatorConfig {
+        CoordinatorConfig {
+            node,
+            nodes,
+            placement,
+            leader: LeaderConfig::new(placement),
+            limits: BatchLimits::default(),
+            tick_ms: 20,
+            grace_ms: 2000,
+            stream_window: 16_384,
+            submissions_max: 100_000,
+            submission_bytes_max: 256 << 20,
+            requests_max: 16_384,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    fn message_bytes_max(&self) -> usize {
+        2 * self.limits.bytes_max + MESSAGE_BYTES_SLACK
+    }
+
+    fn check(&self, voters: &BTreeMap<NodeId, String>) -> Result<(), CoordinatorError> {
+        let problem = if !self.nodes.contains_key(&self.node) {
+            format!("node {} is not among the nodes", self.node)
+        } else if voters.is_empty() {
+            "the coordinator group has no voters".to_owned()
+        } else if let Some(voter) = voters.keys().find(|voter| !self.nodes.contains_key(voter)) {
+            format!("the voter {voter} is not among the nodes")
+        } else if self.placement.shards == 0 {
+            "the placement has no shards".to_owned()
+        } else if self.leader.placement != self.placement {
+            "the leader's placement is another one".to_owned()
+        } else if [self.tick_ms as usize, self.stream_window, self.submissions_max, self.requests_max]
+            .contains(&0)
+        {
+            "tick_ms, stream_window, submissions_max and requests_max must not be 0".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(CoordinatorError::Config(problem))
+    }
+}
+
+/// Why the coordinator's side of a node can't start.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CoordinatorError {
+    /// The settings contradict each other.
+    #[error("configuration: {0}")]
+    Config(String),
+    /// The replica can't start.
+    #[error("start the coordinator group: {0}")]
+    Host(#[from] HostError),
+}
+
+/// The coordinator's side of one node: a replica of the coordinator group (or none), and everything that clients and operators call.
+/// A cheap handle.
+#[derive(Clone)]
+pub struct CoordinatorNode {
+    gateway: Arc<Gateway>,
+    settlement: SettlementService,
+    admin: AdminService,
+    tasks: Arc<Tasks>,
+}
+
+/// The tasks and their end.
+struct Tasks {
+    shutdown: watch::Sender<bool>,
+    running: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl CoordinatorNode {
+    /// Starts the replica if this node is one of `voters` (the founders of the coordinator group, with their addresses), and the
+    /// gateway in any case. Must be called within a tokio runtime. Dropping all handles ends the tasks too.
+    pub async fn start(
+        config: CoordinatorConfig,
+        host: &Host,
+        voters: &BTreeMap<NodeId, String>,
+        connect: Arc<dyn Connect>,
+        local: Arc<dyn LocalStatus>,
+    ) -> Result<CoordinatorNode, CoordinatorError> {
+        config.check(voters)?;
+        let group: Option<Group<Coordinator>> = match voters.contains_key(&config.node) {
+            true => Some(host.start_group(GroupId::COORDINATOR, (), voters).await?),
+            false => None,
+        };
+        let leadership = group.as_ref().map(Group::leadership);
+        let voters = voters.keys().copied().collect();
+        let leaders = Leaders::new(config.node, config.nodes.clone(), voters, leadership, &connect)
+            .map_err(CoordinatorError::Config)?;
+        let leaders = Arc::new(leaders);
+        let (shutdown, stop) = watch::channel(false);
+        let mut running = Vec::new();
+        let local_group = group.map(|group| {
+            let (driver, task) = start_driver(&config, group.clone(), connect, stop.clone());
+            running.push(task);
+            Local { group, driver }
+        });
+        let limits = SubmitterLimits {
+            submissions_max: config.submissions_max,
+            bytes_max: config.submission_bytes_max,
+            message_bytes_max: config.message_bytes_max(),
+        };
+        let driver = local_group.as_ref().map(|local| local.driver.clone());
+        let (submitter, submissions) = Submitter::new(config.node, limits, leaders.clone(), driver);
+        running.push(tokio::spawn(submitter.run(stop)));
+        let gateway = Gateway { config: gateway_config(&config), leaders, submissions, local: local_group };
+        let gateway = Arc::new(gateway);
+        Ok(CoordinatorNode {
+            settlement: SettlementService { gateway: gateway.clone(), window: config.stream_window },
+            admin: AdminService { gateway: gateway.clone(), local, version: config.version },
+            gateway,
+            tasks: Arc::new(Tasks { shutdown, running: Mutex::new(running) }),
+        })
+    }
+
+    /// The service for clients, to be added to the node's server.
+    pub fn settlement_service(&self) -> SettlementServer<SettlementService> {
+        let most = self.gateway.config.message_bytes_max;
+        SettlementServer::new(self.settlement.clone())
+            .max_decoding_message_size(most)
+            .max_encoding_message_size(most)
+    }
+
+    /// The service for operators, to be added to the node's server.
+    pub fn admin_service(&self) -> AdminServer<AdminService> {
+        self.admin.clone().server()
+    }
+
+    /// As `Settlement.Submit`. Dropping the future changes nothing about the batch.
+    pub async fn submit(&self, batch: v1::Batch) -> Result<v1::Outcome, Status> {
+        self.gateway.submit(Some(batch), Origin::EMBEDDED).await
+    }
+
+    /// As `Settlement.GetBatch`.
+    pub async fn get_batch(&self, request: v1::GetBatchRequest) -> Result<v1::Outcome, Status> {
+        self.gateway.get_batch(request, Origin::EMBEDDED).await
+    }
+
+    /// As `Settlement.Read`.
+    pub async fn read(&self, request: v1::ReadRequest) -> Result<v1::ReadResponse, Status> {
+        self.gateway.read(request, Origin::EMBEDDED).await
+    }
+
+    /// As `Settlement.History`.
+    pub async fn history(&self, request: v1::HistoryRequest) -> Result<v1::HistoryResponse, Status> {
+        self.gateway.history(request, Origin::EMBEDDED).await
+    }
+
+    /// Whether the replica on this node leads the coordinators, as far as it knows.
+    pub fn leads(&self) -> bool {
+        self.gateway.leaders.is_local()
+    }
+
+    /// The replica on this node.
+    pub fn group(&self) -> Option<Group<Coordinator>> {
+        self.gateway.local.as_ref().map(|local| local.group.clone())
+    }
+
+    /// Ends the tasks. Callers who wait are told that their outcome isn't known here. The replica is left to the host.
+    pub async fn shutdown(&self) {
+        self.tasks.shutdown.send_replace(true);
+        for task in self.tasks.running.lock().await.drain(..) {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "a task of the coordinator failed");
+            }
+        }
+    }
+}
+
+fn gateway_config(config: &CoordinatorConfig) -> GatewayConfig {
+    GatewayConfig {
+        node: config.node,
+        placement: config.placement,
+        limits: config.limits,
+        timeout_default: Duration::from_millis(config.leader.timeout_default_ms),
+        timeout_max: Duration::from_millis(config.leader.timeout_max_ms),
+        grace: Duration::from_millis(config.grace_ms),
+        message_bytes_max: config.message_bytes_max(),
+    }
+}
+
+fn start_driver(
+    config: &CoordinatorConfig,
+    group: Group<Coordinator>,
+    connect: Arc<dyn Connect>,
+    shutdown: watch::Receiver<bool>,
+) -> (mpsc::Sender<crate::driver::Request>, JoinHandle<()>) {
+    let (sender, requests) = mpsc::channel(config.requests_max);
+    let driver = Driver {
+        config: DriverConfig {
+            node: config.node,
+            placement: config.placement,
+            leader: config.leader,
+            tick: Duration::from_millis(config.tick_ms),
+        },
+        leadership: group.leadership(),
+        group,
+        requests,
+        router: Router::new(config.node, config.nodes.clone(), config.placement, connect),
+        shutdown,
+    };
+    (sender, tokio::spawn(driver.run()))
+}

@@ -1,0 +1,275 @@
+//! The `Settlement` service: what trading services call.
+
+use std::{collections::HashMap, pin::Pin, sync::Arc};
+
+use futures::Stream;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use verdict_proto::{
+    convert::outcome_to_wire,
+    v1::{self, settlement_server::Settlement, submit_stream_response},
+};
+use verdict_protocol::{ids::BatchId, leader::Reply};
+
+use crate::{
+    caller::Caller,
+    driver::{Answer, NotServed, Question, Request as DriverRequest},
+    failure::CallFailure,
+    gateway::{Gateway, Local, Origin},
+    submitter::{NOT_LEADER_CODE, Submitted, refusal_of, unknown},
+};
+
+/// Answers of one stream that wait for the transport.
+const OUTGOING: usize = 256;
+/// Answers taken at once.
+const ANSWERS_PER_ROUND: usize = 1024;
+
+/// Serves `Settlement` on one node.
+#[derive(Clone)]
+pub struct SettlementService {
+    pub(crate) gateway: Arc<Gateway>,
+    /// Batches in flight on one stream; while there are so many, the stream is read no further.
+    pub(crate) window: usize,
+}
+
+type Responses = mpsc::Sender<Result<v1::SubmitStreamResponse, Status>>;
+
+#[tonic::async_trait]
+impl Settlement for SettlementService {
+    async fn submit(
+        &self,
+        request: Request<v1::SubmitRequest>,
+    ) -> Result<Response<v1::SubmitResponse>, Status> {
+        let origin = Origin::of(request.metadata());
+        let outcome = self.gateway.submit(request.into_inner().batch, origin).await?;
+        Ok(Response::new(v1::SubmitResponse { outcome: Some(outcome) }))
+    }
+
+    type SubmitStreamStream = Pin<Box<dyn Stream<Item = Result<v1::SubmitStreamResponse, Status>> + Send>>;
+
+    async fn submit_stream(
+        &self,
+        request: Request<Streaming<v1::SubmitStreamRequest>>,
+    ) -> Result<Response<Self::SubmitStreamStream>, Status> {
+        let origin = Origin::of(request.metadata());
+        let (responses, outgoing) = mpsc::channel(OUTGOING);
+        let stream = SubmitStream::new(self.gateway.clone(), self.window, request.into_inner(), responses);
+        if origin.forwarded {
+            let local = self.gateway.local.clone().filter(|_| self.gateway.leaders.is_local());
+            let local = local.ok_or_else(|| self.gateway.not_leader())?;
+            tokio::spawn(stream.run(Forwarded { local }));
+        } else {
+            tokio::spawn(stream.run(Direct { origin }));
+        }
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+    }
+
+    async fn get_batch(
+        &self,
+        request: Request<v1::GetBatchRequest>,
+    ) -> Result<Response<v1::GetBatchResponse>, Status> {
+        let origin = Origin::of(request.metadata());
+        let outcome = self.gateway.get_batch(request.into_inner(), origin).await?;
+        Ok(Response::new(v1::GetBatchResponse { outcome: Some(outcome) }))
+    }
+
+    async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
+        let origin = Origin::of(request.metadata());
+        Ok(Response::new(self.gateway.read(request.into_inner(), origin).await?))
+    }
+
+    async fn history(
+        &self,
+        request: Request<v1::HistoryRequest>,
+    ) -> Result<Response<v1::HistoryResponse>, Status> {
+        let origin = Origin::of(request.metadata());
+        Ok(Response::new(self.gateway.history(request.into_inner(), origin).await?))
+    }
+}
+
+/// Where the batches of a stream go.
+trait Target: Send + 'static {
+    /// How they are answered there.
+    type Answer: Send + 'static;
+
+    /// Hands one over. An error: it could not be, and nobody can.
+    fn submit(
+        &self,
+        gateway: &Gateway,
+        checked: crate::gateway::Checked,
+        caller: Caller<Self::Answer>,
+    ) -> impl Future<Output = Result<(), ()>> + Send;
+
+    /// The answer as it is sent. The second value is true if the stream should end.
+    fn result(&self, id: BatchId, answer: Self::Answer) -> (submit_stream_response::Result, bool);
+}
+
+/// A client's stream: through the submitter, which finds the leader.
+struct Direct {
+    origin: Origin,
+}
+
+impl Target for Direct {
+    type Answer = Submitted;
+
+    async fn submit(
+        &self,
+        gateway: &Gateway,
+        checked: crate::gateway::Checked,
+        caller: Caller<Submitted>,
+    ) -> Result<(), ()> {
+        // The time limit of the whole stream is none of a single batch.
+        let origin = Origin { timeout: None, ..self.origin };
+        let submission = gateway.submission(checked, origin, caller);
+        gateway.submissions.send(submission).await.map_err(|_| ())
+    }
+
+    fn result(&self, _: BatchId, answer: Submitted) -> (submit_stream_response::Result, bool) {
+        let result = match answer {
+            Ok(outcome) => submit_stream_response::Result::Outcome(outcome),
+            Err(failure) => submit_stream_response::Result::Error(failure.call_error()),
+        };
+        (result, false)
+    }
+}
+
+/// Another node's stream: straight to the local driver, or back.
+struct Forwarded {
+    local: Local,
+}
+
+impl Target for Forwarded {
+    type Answer = Answer;
+
+    async fn submit(
+        &self,
+        _: &Gateway,
+        checked: crate::gateway::Checked,
+        caller: Caller<Answer>,
+    ) -> Result<(), ()> {
+        let question = Question::Submit { batch: checked.batch, hash: checked.hash };
+        self.local.driver.send(DriverRequest { question, caller }).await.map_err(|_| ())
+    }
+
+    fn result(&self, id: BatchId, answer: Answer) -> (submit_stream_response::Result, bool) {
+        let error = |failure: CallFailure| submit_stream_response::Result::Error(failure.call_error());
+        match answer {
+            Ok(Reply::Decided(decision)) => {
+                (submit_stream_response::Result::Outcome(outcome_to_wire(&decision)), false)
+            }
+            Ok(Reply::Refused(refusal)) => (error(refusal_of(&refusal, id)), false),
+            Ok(Reply::InProgress | Reply::NotSeen | Reply::Rows { .. } | Reply::History { .. }) => {
+                unreachable!("a submission is answered by a decision or a refusal")
+            }
+            Err(NotServed::Overloaded) => (error(CallFailure::overloaded("too many callers wait")), false),
+            Err(NotServed::NotLeader) => {
+                let failure = CallFailure::other(NOT_LEADER_CODE, "NOT_LEADER", "this node doesn't lead");
+                (error(failure), true)
+            }
+            Err(NotServed::Lost) => {
+                let message = "the leadership ended while the batch was under way";
+                (submit_stream_response::Result::Outcome(unknown(id, message)), true)
+            }
+        }
+    }
+}
+
+/// One stream of batches. Each is answered on its own, as soon as it is decided; what is in flight is bounded by reading no more.
+struct SubmitStream {
+    gateway: Arc<Gateway>,
+    window: usize,
+    incoming: Streaming<v1::SubmitStreamRequest>,
+    responses: Responses,
+    /// Ids in flight, as they were sent.
+    in_flight: HashMap<u64, BatchId>,
+    last_tag: u64,
+}
+
+impl SubmitStream {
+    fn new(
+        gateway: Arc<Gateway>,
+        window: usize,
+        incoming: Streaming<v1::SubmitStreamRequest>,
+        responses: Responses,
+    ) -> SubmitStream {
+        SubmitStream { gateway, window, incoming, responses, in_flight: HashMap::new(), last_tag: 0 }
+    }
+
+    /// Until the client has sent all and has all answers, or is gone. What was handed over goes on without it.
+    async fn run<T: Target>(mut self, target: T) {
+        let (sender, mut answers) = mpsc::channel::<(u64, T::Answer)>(self.window);
+        let mut round = Vec::new();
+        let mut reading = true;
+        let mut ending = false;
+        loop {
+            if self.in_flight.is_empty() && (!reading || ending) {
+                break;
+            }
+            tokio::select! {
+                () = self.responses.closed() => return,
+                _ = answers.recv_many(&mut round, ANSWERS_PER_ROUND), if !self.in_flight.is_empty() => {
+                    for (tag, answer) in round.drain(..) {
+                        let Some(id) = self.in_flight.remove(&tag) else { continue };
+                        let (result, end) = target.result(id, answer);
+                        ending |= end;
+                        if !self.respond(id.to_string(), result).await {
+                            return;
+                        }
+                    }
+                }
+                message = self.incoming.message(), if reading && !ending && self.in_flight.len() < self.window => {
+                    match message {
+                        Ok(Some(message)) => {
+                            if !self.take(message, &target, &sender).await {
+                                return;
+                            }
+                        }
+                        Ok(None) => reading = false,
+                        Err(status) => {
+                            // Too large a message, or garbage: no other can be found behind it. What is in flight is
+                            // answered first.
+                            tracing::debug!(%status, "a stream of batches broke");
+                            reading = false;
+                        }
+                    }
+                }
+            }
+        }
+        if ending {
+            let _ = self.responses.send(Err(self.gateway.not_leader())).await;
+        }
+    }
+
+    /// Takes one batch. False: the stream is over.
+    async fn take<T: Target>(
+        &mut self,
+        message: v1::SubmitStreamRequest,
+        target: &T,
+        sender: &mpsc::Sender<(u64, T::Answer)>,
+    ) -> bool {
+        let sent_id = message.batch.as_ref().map(|batch| batch.id.clone()).unwrap_or_default();
+        match self.gateway.check(message.batch) {
+            Err(failure) => {
+                let error = submit_stream_response::Result::Error(failure.call_error());
+                self.respond(sent_id, error).await
+            }
+            Ok(checked) => {
+                self.last_tag += 1;
+                let tag = self.last_tag;
+                self.in_flight.insert(tag, checked.batch.id);
+                let caller = Caller::Many { tag, sender: sender.clone() };
+                if target.submit(&self.gateway, checked, caller).await.is_ok() {
+                    return true;
+                }
+                let _ = self.responses.send(Err(self.gateway.stopping())).await;
+                false
+            }
+        }
+    }
+
+    async fn respond(&self, batch_id: String, result: submit_stream_response::Result) -> bool {
+        let response = v1::SubmitStreamResponse { batch_id, result: Some(result) };
+        self.responses.send(Ok(response)).await.is_ok()
+    }
+}
