@@ -319,8 +319,13 @@ async fn a_follower_behind_the_purged_log_converges_by_snapshot() {
     let status = cluster.group(behind).status();
     assert!(status.snapshot_index > 100, "it caught up without a snapshot: {status:?}");
     cluster.propose("a=1").await;
-    // What was installed is there after a restart.
+    // It was installed as a new generation of the state, and is there after a restart.
     cluster.stop(behind).await;
+    {
+        let db = open_database(&cluster.path(behind));
+        let generation = db.get_cf(db.cf_handle("meta").unwrap(), [0x10, 0, 0, 0, 0, 4]).unwrap();
+        assert!(generation.is_some(), "no snapshot was installed");
+    }
     cluster.start(behind).await;
     cluster.converge().await;
     cluster.stop_all().await;
