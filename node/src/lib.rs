@@ -2,6 +2,7 @@
 
 pub mod book;
 pub mod ctl;
+pub mod demo;
 pub mod progress;
 pub mod settle;
 pub mod tape;
