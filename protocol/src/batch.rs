@@ -281,7 +281,8 @@ impl Batch {
                     }
                     let low = floor.unwrap_or(if *delta < 0 { 0 } else { i128::MIN });
                     let high = ceiling.unwrap_or(i128::MAX);
-                    if (sum < 0 && low.checked_sub(sum).is_none()) || (sum > 0 && high.checked_sub(sum).is_none())
+                    if (sum < 0 && low.checked_sub(sum).is_none())
+                        || (sum > 0 && high.checked_sub(sum).is_none())
                     {
                         let problem = "no balance of 128 bits fits this delta with its floor and ceiling";
                         return Err(BatchError::new(format!("batch.operations[{place}].add"), problem));
@@ -391,8 +392,9 @@ mod tests {
     #[test]
     fn the_placement_is_part_of_the_format() {
         let placement = Placement { shards: 4 };
-        let shards: Vec<u32> =
-            ["user:1", "user:2", "user:3", "trade:BTC-USDT:1"].map(|name| placement.shard_of(name).0).to_vec();
+        let shards: Vec<u32> = ["user:1", "user:2", "user:3", "trade:BTC-USDT:1"]
+            .map(|name| placement.shard_of(name).0)
+            .to_vec();
         assert_eq!(shards, [1, 1, 2, 4]);
         let mut counts = [0; 4];
         for user in 0..4000 {

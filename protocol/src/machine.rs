@@ -26,7 +26,8 @@ pub trait Machine: Sized + Send + 'static {
     fn open(config: &Self::Config, store: &dyn Store) -> Result<Self, StoreError>;
 
     /// Applies one command. An error is a failure of the store and stops the replica.
-    fn apply(&mut self, store: &mut dyn Store, index: u64, command: &[u8]) -> Result<Self::Reply, StoreError>;
+    fn apply(&mut self, store: &mut dyn Store, index: u64, command: &[u8])
+    -> Result<Self::Reply, StoreError>;
 }
 
 /// Where a replica stands: the index of the last entry that it applied, and the running hash over all of them.
@@ -77,7 +78,8 @@ pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
 
 /// Decodes what [`encode`] made. `what` names the thing in the error.
 pub fn decode<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8]) -> Result<T, StoreError> {
-    postcard::from_bytes(bytes).map_err(|error| StoreError(format!("decode {what} ({} bytes): {error}", bytes.len())))
+    postcard::from_bytes(bytes)
+        .map_err(|error| StoreError(format!("decode {what} ({} bytes): {error}", bytes.len())))
 }
 
 fn update_with_length(hasher: &mut blake3::Hasher, bytes: &[u8]) {

@@ -39,17 +39,11 @@ fn batch_of(number: u8) -> Batch {
         1 | 2 | 3 if from != to => vec![add(from, -30, None), add(to, 30, None)],
         4 => vec![add(from, -60, Some(-20)), add(to, 25, None), add(0, 35, None)],
         5 => vec![
-            Operation {
-                row: balance_row(from),
-                kind: OperationKind::Require(Condition::AtLeast(50)),
-            },
+            Operation { row: balance_row(from), kind: OperationKind::Require(Condition::AtLeast(50)) },
             Operation { row: record(number % 3), kind: OperationKind::Put(Bytes::from(vec![number])) },
         ],
         6 => vec![
-            Operation {
-                row: record(number % 3),
-                kind: OperationKind::Require(Condition::Exists(false)),
-            },
+            Operation { row: record(number % 3), kind: OperationKind::Require(Condition::Exists(false)) },
             add(to, 5, None),
         ],
         _ => vec![
@@ -109,8 +103,7 @@ fn take(world: &mut World, choice: Choice) {
         }
         Choice::Deliver(which, keep) if !world.packets.is_empty() => {
             let place = usize::from(which) % world.packets.len();
-            let packet =
-                if keep { world.packets[place].clone() } else { world.packets.remove(place) };
+            let packet = if keep { world.packets[place].clone() } else { world.packets.remove(place) };
             let newest = world.leaders.len().saturating_sub(1);
             world.deliver(packet, newest);
         }

@@ -425,8 +425,7 @@ impl Leader {
         effects: &mut Effects,
     ) {
         let id = batch.id;
-        let refuse =
-            |effects: &mut Effects, refusal| effects.replies.push((token, Reply::Refused(refusal)));
+        let refuse = |effects: &mut Effects, refusal| effects.replies.push((token, Reply::Refused(refusal)));
         if let Some(flight) = self.flights.get_mut(&id) {
             if flight.hash.is_some_and(|known| known != hash) {
                 return refuse(effects, Refusal::DifferentContents);
@@ -612,22 +611,19 @@ impl Leader {
         let number = match &flight.stage {
             Stage::Preparing { number, .. } => *number,
             Stage::Deciding { .. } | Stage::Telling { .. } => return,
-            Stage::Parked(_) | Stage::Recovering { .. } => {
-                flight.listed.values().map(|(number, _)| *number).max().unwrap_or(cancelled_number(self.epoch))
-            }
+            Stage::Parked(_) | Stage::Recovering { .. } => flight
+                .listed
+                .values()
+                .map(|(number, _)| *number)
+                .max()
+                .unwrap_or(cancelled_number(self.epoch)),
         };
         flight.stage = Stage::Deciding { number, commit: false, stamp: None };
         self.recovering.remove(&id);
         self.propose(id, number, Err(abort), effects);
     }
 
-    fn propose(
-        &mut self,
-        id: BatchId,
-        number: Number,
-        result: Result<Stamp, Abort>,
-        effects: &mut Effects,
-    ) {
+    fn propose(&mut self, id: BatchId, number: Number, result: Result<Stamp, Abort>, effects: &mut Effects) {
         let flight = &self.flights[&id];
         let (hash, shards) = (flight.hash, flight.shards.clone());
         effects.act.decisions.push(Decision { id, hash, shards, number, result });
@@ -646,13 +642,7 @@ impl Leader {
         Some(self.last_stamp)
     }
 
-    fn applied(
-        &mut self,
-        decisions: Vec<Decision>,
-        ceiling: Stamp,
-        horizon: Millis,
-        effects: &mut Effects,
-    ) {
+    fn applied(&mut self, decisions: Vec<Decision>, ceiling: Stamp, horizon: Millis, effects: &mut Effects) {
         self.ceiling = self.ceiling.max(ceiling);
         self.ceiling_asked = self.ceiling_asked.max(self.ceiling);
         self.horizon = self.horizon.max(horizon);

@@ -127,8 +127,7 @@ impl Leader {
         }
         let mut read = read.clone();
         read.known = true;
-        read.wait_for =
-            ids.into_iter().filter(|id| self.stamped_up_to(*id, position, decisions)).collect();
+        read.wait_for = ids.into_iter().filter(|id| self.stamped_up_to(*id, position, decisions)).collect();
         effects.reads.push((shard, request, read.clone()));
         let reading = self.readings.get_mut(&request).expect("was just found");
         reading.pending.insert(shard, (read, self.now));

@@ -48,7 +48,8 @@ impl Leader {
         effects: &mut Effects,
     ) {
         if greeting.epoch > self.epoch {
-            effects.step_down = Some(format!("shard {shard} has recorded the newer epoch {}", greeting.epoch));
+            effects.step_down =
+                Some(format!("shard {shard} has recorded the newer epoch {}", greeting.epoch));
             return;
         }
         // A late answer, to an earlier greeting or a second time, lists nothing that still counts.

@@ -187,7 +187,8 @@ impl RowLock {
         let greatest = incoming.and_then(|incoming| settled.checked_add(incoming));
         let own = settled.saturating_add(self.outgoing) >= claim.lowest
             && settled.saturating_add(self.incoming) <= claim.highest;
-        let others = least.is_some_and(|least| self.low_marks.keys().next_back().is_none_or(|mark| least >= *mark))
+        let others = least
+            .is_some_and(|least| self.low_marks.keys().next_back().is_none_or(|mark| least >= *mark))
             && greatest
                 .is_some_and(|greatest| self.high_marks.keys().next().is_none_or(|mark| greatest <= *mark));
         if own && others {

@@ -478,8 +478,9 @@ impl Shard {
                 continue;
             }
             let before = rows::settled(store, row)?;
-            let after = evaluate::run(&operations, &before)
-                .unwrap_or_else(|abort| panic!("batch {id} was granted row {row:?} and now fails: {abort:?}"));
+            let after = evaluate::run(&operations, &before).unwrap_or_else(|abort| {
+                panic!("batch {id} was granted row {row:?} and now fails: {abort:?}")
+            });
             match (&before.value, &after) {
                 (RowValue::Absent, RowValue::Balance(sum)) => rows::add(store, row, id, stamp, *sum)?,
                 (RowValue::Balance(old), RowValue::Balance(new)) => {

@@ -10,9 +10,7 @@ use verdict_protocol::{
     ids::{BatchId, GroupId, Millis, NodeId, ShardId, Stamp},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Reply, Token},
     machine::{self, Machine},
-    messages::{
-        Decision, FromShard, RowAt, RowValue, ShardQuery, ShardRead, ShardReadAnswer, ToShard,
-    },
+    messages::{Decision, FromShard, RowAt, RowValue, ShardQuery, ShardRead, ShardReadAnswer, ToShard},
     shard::{Shard, ShardConfig, ShardEntry, ShardReply},
     store::MemoryStore,
 };
@@ -56,8 +54,7 @@ impl<M: Machine> Group<M> {
         while (replica.applied as usize) < self.log.len() {
             let entry = &self.log[replica.applied as usize];
             replica.applied += 1;
-            let reply =
-                machine::apply(&mut replica.machine, &mut replica.store, replica.applied, entry);
+            let reply = machine::apply(&mut replica.machine, &mut replica.store, replica.applied, entry);
             last = Some(reply.expect("memory doesn't fail"));
         }
         last
@@ -143,9 +140,7 @@ impl World {
         let mut config = LeaderConfig::new(placement);
         change(&mut config);
         let parts_max = 1000;
-        let group = |shard| {
-            (shard, Group::new(ShardConfig { shard, placement, parts_max }, replicas))
-        };
+        let group = |shard| (shard, Group::new(ShardConfig { shard, placement, parts_max }, replicas));
         World {
             config,
             now: START,
@@ -161,6 +156,12 @@ impl World {
             next_token: 0,
             parts_max,
         }
+    }
+
+    /// A shard comes back with nothing, which no promise covers: all its disks are lost.
+    pub fn wipe(&mut self, shard: ShardId) {
+        let config = ShardConfig { shard, placement: self.config.placement, parts_max: self.parts_max };
+        self.shards.insert(shard, Group::new(config, 2));
     }
 
     /// A new leader opens its epoch. The one before lives on, unaware.
@@ -352,6 +353,24 @@ impl World {
             }
         }
         panic!("the cluster never comes to rest: {:?}", self.packets);
+    }
+
+    /// Delivers all but outcomes, which are lost.
+    pub fn deliver_all_but_outcomes(&mut self) {
+        for _ in 0..100 {
+            self.packets.retain_mut(|packet| match packet {
+                Packet::ToShard(_, message) => {
+                    message.outcomes.clear();
+                    !message.is_empty()
+                }
+                _ => true,
+            });
+            let newest = self.leaders.len() - 1;
+            for packet in std::mem::take(&mut self.packets) {
+                self.deliver(packet, newest);
+            }
+            self.apply_act(newest);
+        }
     }
 
     /// All decisions, in the order of recording.

@@ -1,0 +1,185 @@
+//! Rules that the machines keep by themselves, whatever the leaders above them do.
+
+mod world;
+
+use verdict_protocol::{
+    batch::{Operation, OperationKind, Placement, RowKey},
+    coordinator::{Act, CoordinatorEntry, CoordinatorReply},
+    ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
+    machine::encode,
+    messages::{Abort, AbortReason, Decision, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind},
+    shard::ShardEntry,
+};
+use world::{START, World};
+
+fn id(letter: u8) -> BatchId {
+    BatchId::from_parts(Millis(START.0 + u64::from(letter)), [letter; 10])
+}
+
+fn number(epoch: u64, sequence: u64) -> Number {
+    Number { epoch: Epoch(epoch), sequence }
+}
+
+fn row() -> RowKey {
+    RowKey::new("a", "USD").unwrap()
+}
+
+fn prepare(letter: u8, number: Number, delta: i128) -> Prepare {
+    let kind = OperationKind::Add { delta, floor: None, ceiling: None };
+    Prepare {
+        number,
+        id: id(letter),
+        hash: ContentHash([letter; 32]),
+        shards: vec![ShardId(1)],
+        gives_up: Vec::new(),
+        operations: vec![(0, Operation { row: row(), kind })],
+    }
+}
+
+fn outcome(letter: u8, number: Number, commit: Option<u64>) -> PartOutcome {
+    PartOutcome { id: id(letter), number, commit: commit.map(Stamp), gives_up: Vec::new() }
+}
+
+fn say(world: &mut World, message: ToShard) -> (FromShard, Vec<String>) {
+    let entry = ShardEntry { now: START, messages: vec![message] };
+    let reply = world.shards.get_mut(&ShardId(1)).unwrap().commit(encode(&entry));
+    let answer = reply.messages.into_iter().next().map(|(_, message)| message).unwrap_or_default();
+    (answer, reply.alarms)
+}
+
+fn greeted(epoch: u64) -> World {
+    let mut world = World::new(1, 2);
+    say(&mut world, ToShard { epoch: Epoch(epoch), greet: true, ..ToShard::default() });
+    world
+}
+
+#[test]
+fn the_first_decision_wins() {
+    let mut world = World::new(1, 2);
+    let open = CoordinatorEntry::Open { node: NodeId(1), placement: Placement { shards: 1 } };
+    world.coordinator.commit(encode(&open));
+    let decide = |world: &mut World, result| {
+        let decision = Decision {
+            id: id(7),
+            hash: Some(ContentHash([7; 32])),
+            shards: vec![ShardId(1)],
+            number: number(1, 1),
+            result,
+        };
+        let act = Act { epoch: Epoch(1), decisions: vec![decision], ..Act::default() };
+        match world.coordinator.commit(encode(&CoordinatorEntry::Act(act))) {
+            CoordinatorReply::Acted { decisions, .. } => decisions[0].result.clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let abort = Err(Abort::because(AbortReason::Contention));
+    assert_eq!(decide(&mut world, abort.clone()), abort);
+    assert_eq!(decide(&mut world, Ok(Stamp(1))), abort, "R1: a decision never changes");
+    assert_eq!(world.decisions().len(), 1);
+}
+
+#[test]
+fn another_number_of_shards_is_refused() {
+    let mut world = World::new(1, 2);
+    let open = |shards| CoordinatorEntry::Open { node: NodeId(1), placement: Placement { shards } };
+    world.coordinator.commit(encode(&open(4)));
+    let reply = world.coordinator.commit(encode(&open(5)));
+    assert_eq!(reply, CoordinatorReply::OtherPlacement { recorded: Placement { shards: 4 } });
+}
+
+#[test]
+fn a_commit_under_another_number_than_the_vote_has_no_effect() {
+    let mut world = greeted(1);
+    let message =
+        ToShard { epoch: Epoch(1), prepares: vec![prepare(7, number(1, 1), 5)], ..ToShard::default() };
+    assert_eq!(say(&mut world, message).0.votes[0].kind, VoteKind::Yes);
+    let message =
+        ToShard { epoch: Epoch(1), outcomes: vec![outcome(7, number(1, 2), Some(9))], ..ToShard::default() };
+    let (answer, alarms) = say(&mut world, message);
+    assert!(answer.done[0].lost, "R4: votes and outcomes belong to one number");
+    assert_eq!(alarms.len(), 1);
+    assert_eq!(world.row(&row()).value, RowValue::Absent);
+    assert_eq!(
+        world.shards[&ShardId(1)].leading().machine.counts().in_doubt,
+        1,
+        "R3: the part is still held"
+    );
+}
+
+#[test]
+fn a_mark_never_takes_away_what_is_held() {
+    let mut world = greeted(1);
+    let message =
+        ToShard { epoch: Epoch(1), prepares: vec![prepare(7, number(1, 1), 5)], ..ToShard::default() };
+    say(&mut world, message);
+    let (_, alarms) = say(&mut world, ToShard { epoch: Epoch(1), mark: number(1, 4), ..ToShard::default() });
+    assert_eq!(alarms.len(), 1);
+    assert_eq!(world.shards[&ShardId(1)].leading().machine.counts().in_doubt, 1);
+}
+
+#[test]
+fn below_the_mark_everything_is_refused_after_a_restart_too() {
+    let mut world = greeted(1);
+    say(&mut world, ToShard { epoch: Epoch(1), mark: number(1, 4), ..ToShard::default() });
+    for place in 0..2 {
+        let group = world.shards.get_mut(&ShardId(1)).unwrap();
+        group.catch_up(place);
+        group.restart(place);
+    }
+    let message =
+        ToShard { epoch: Epoch(1), prepares: vec![prepare(7, number(1, 3), 5)], ..ToShard::default() };
+    assert_eq!(say(&mut world, message).0.votes[0].kind, VoteKind::Finished);
+}
+
+#[test]
+fn batches_of_two_coordinators_never_wait_for_each_other() {
+    let mut world = greeted(1);
+    let other = GroupId(9);
+    say(&mut world, ToShard { coordinator: other, epoch: Epoch(1), greet: true, ..ToShard::default() });
+    let put = |letter: u8, coordinator| {
+        let mut prepare = prepare(letter, number(1, u64::from(letter)), 0);
+        prepare.operations[0].1.kind = OperationKind::Put(bytes::Bytes::from_static(b"x"));
+        ToShard { coordinator, epoch: Epoch(1), prepares: vec![prepare], ..ToShard::default() }
+    };
+    assert_eq!(say(&mut world, put(1, GroupId(0))).0.votes[0].kind, VoteKind::Yes);
+    assert_eq!(say(&mut world, put(2, GroupId(0))).0.votes[0].kind, VoteKind::Waiting);
+    assert_eq!(say(&mut world, put(3, other)).0.votes[0].kind, VoteKind::Conflict);
+}
+
+#[test]
+fn forgotten_ids_are_refused_and_unfinished_ones_are_not_forgotten() {
+    let mut world = World::with(1, 2, |config| config.retention_ms = 10_000);
+    world.elect();
+    world.settle();
+    let batch = |letter: u8| verdict_protocol::batch::Batch {
+        id: id(letter),
+        timeout_ms: 0,
+        operations: vec![Operation {
+            row: row(),
+            kind: OperationKind::Add { delta: 1, floor: None, ceiling: None },
+        }],
+        zero_sum: false,
+    };
+    world.submit(batch(1));
+    world.settle();
+    world.submit(batch(2));
+    // The outcome of the second one never arrives, and an hour passes.
+    for _ in 0..8 {
+        world.deliver_all_but_outcomes();
+        world.tick(500);
+    }
+    world.tick(3_600_000);
+    world.deliver_all_but_outcomes();
+    assert_eq!(world.decisions().len(), 1, "the finished one is forgotten, the unfinished one is not");
+    let token = world.submit(batch(1)).unwrap();
+    assert!(
+        matches!(
+            world.reply(token),
+            Some(verdict_protocol::leader::Reply::Refused(verdict_protocol::leader::Refusal::TooOld { .. }))
+        ),
+        "G3: an id that is forgotten is refused, never run again: {:?}",
+        world.reply(token)
+    );
+    world.settle();
+    assert_eq!(world.row(&row()).value, RowValue::Balance(2));
+}

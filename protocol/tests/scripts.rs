@@ -1,0 +1,381 @@
+//! Golden scripts: each file of `scripts/` tells a story whose claim is its name. Lines with `>` are commands, the lines below each
+//! are what happened. `UPDATE_SCRIPTS=1 cargo test -p verdict-protocol --test scripts` writes them anew; read the diff as code.
+//!
+//! Commands:
+//! - `world SHARDS`; `elect`: a new leader opens its epoch, the old one lives on unaware; `crash N`: the leader dies, its first N
+//!   proposals are in the log all the same; `apply`: its next proposal is applied, `apply old`: that of the first deposed leader
+//! - `submit X OP; OP; ...`, `query X`, `cancel X`, `read ROW ROW ...`, `history ROW`. A row is `name@shard` for the balance of the
+//!   user `name` on that shard, `name@shard/r` for a record. Operations: `add ROW DELTA [floor N] [ceiling N]`, `put|insert ROW TEXT`,
+//!   `delete ROW`, `exists|absent ROW`, `version ROW N`, `is ROW TEXT`, `atleast|atmost|equals ROW N`
+//! - `deliver [WHAT]`, `lose [WHAT]`, `repeat [WHAT]`: what is on its way now: `to N`, `from N` or all; `deliver old from N`: to the
+//!   first deposed leader; `keep [WHAT]`: it is held up, until `release`; `confirm`: the leader hears that it still led; `rest`: everything, until nothing is left to do
+//! - `tick MILLISECONDS`, `reconnect N`, `move N`: another replica leads shard N; `restart N`: it forgets its memory;
+//!   `wipe N`: a shard comes back with nothing
+//! - `rows ROW ...`, `held N`, `check`: all that must hold at rest
+
+mod world;
+
+use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
+
+use bytes::Bytes;
+use verdict_protocol::{
+    batch::{Batch, Condition, Operation, OperationKind, Placement, RowKey},
+    ids::{BatchId, Millis, ShardId, Stamp},
+    leader::{Event, Reply, Token},
+    messages::{Abort, Decision, FromShard, Met, RowValue, ShardReadAnswer, ToShard, VoteKind},
+};
+use world::{Packet, START, World};
+
+struct Script {
+    world: World,
+    names: BTreeMap<Token, String>,
+    kept: Vec<Packet>,
+    seen_replies: usize,
+    seen_alarms: usize,
+}
+
+fn id_of(name: &str) -> BatchId {
+    let letter = name.bytes().next().expect("a batch has a name");
+    BatchId::from_parts(Millis(START.0 + u64::from(letter)), [letter; 10])
+}
+
+fn name_of(id: BatchId) -> String {
+    char::from(id.0[15]).to_string()
+}
+
+/// `name@shard` or `name@shard/r`: a partition that the placement puts on that shard.
+fn row_of(placement: Placement, text: &str) -> RowKey {
+    let (text, name) = text.strip_suffix("/r").map_or((text, "USD"), |text| (text, "r"));
+    let (user, shard) = text.split_once('@').unwrap_or_else(|| panic!("{text} is no row"));
+    let shard = ShardId(shard.parse().expect("a shard is a number"));
+    let mut partitions = (0..).map(|place| format!("{user}@{shard}.{place}"));
+    let partition =
+        partitions.find(|partition| placement.shard_of(partition) == shard).expect("there is one");
+    RowKey::new(&partition, name).expect("it is short")
+}
+
+fn operation_of(placement: Placement, text: &str) -> Operation {
+    let mut words = text.split_whitespace();
+    let mut word = || words.next().unwrap_or_else(|| panic!("{text:?} is too short"));
+    let (verb, row) = (word(), row_of(placement, word()));
+    let number = |text: &str| text.parse::<i128>().unwrap_or_else(|_| panic!("{text:?} is no number"));
+    let bytes = |text: &str| Bytes::copy_from_slice(text.as_bytes());
+    let kind = match verb {
+        "add" => {
+            let delta = number(word());
+            let rest: Vec<&str> = words.collect();
+            let bound =
+                |name: &str| rest.iter().position(|word| *word == name).map(|place| number(rest[place + 1]));
+            OperationKind::Add { delta, floor: bound("floor"), ceiling: bound("ceiling") }
+        }
+        "put" => OperationKind::Put(bytes(word())),
+        "insert" => OperationKind::Insert(bytes(word())),
+        "delete" => OperationKind::Delete,
+        "exists" => OperationKind::Require(Condition::Exists(true)),
+        "absent" => OperationKind::Require(Condition::Exists(false)),
+        "version" => OperationKind::Require(Condition::VersionIs(Stamp(number(word()) as u64))),
+        "is" => OperationKind::Require(Condition::RecordIs(bytes(word()))),
+        "atleast" => OperationKind::Require(Condition::AtLeast(number(word()))),
+        "atmost" => OperationKind::Require(Condition::AtMost(number(word()))),
+        "equals" => OperationKind::Require(Condition::BalanceIs(number(word()))),
+        _ => panic!("{verb} is no operation"),
+    };
+    Operation { row, kind }
+}
+
+impl Script {
+    fn run(&mut self, command: &str) -> String {
+        let mut words = command.split_whitespace();
+        let verb = words.next().expect("a command has a word");
+        let rest: Vec<&str> = words.collect();
+        let number = |place: usize| rest[place].parse::<u64>().expect("a number");
+        let placement = self.world.config.placement;
+        let newest = self.world.leaders.len().wrapping_sub(1);
+        let before = self.world.packets.len();
+        let mut told = String::new();
+        let mut arrived = before;
+        match verb {
+            "world" => *self = Script::new(number(0) as u32),
+            "elect" => self.world.elect(),
+            "crash" => self.world.crash(number(0) as usize),
+            "apply" => self.world.apply_act(if rest.first() == Some(&"old") { 0 } else { newest }),
+            "submit" => {
+                let text = command.splitn(3, ' ').nth(2).expect("operations");
+                let operations = text.split(';').map(|text| operation_of(placement, text)).collect();
+                let batch = Batch { id: id_of(rest[0]), timeout_ms: 2000, operations, zero_sum: false };
+                if let Some(token) = self.world.submit(batch) {
+                    self.names.insert(token, format!("submit {}", rest[0]));
+                }
+            }
+            "query" | "cancel" => {
+                let token = self.world.query(id_of(rest[0]), verb == "cancel");
+                self.names.insert(token, format!("{verb} {}", rest[0]));
+            }
+            "read" => {
+                let rows = rest.iter().map(|text| row_of(placement, text)).collect();
+                let token = self.world.read(rows);
+                self.names.insert(token, "read".to_owned());
+            }
+            "confirm" => self.world.confirm(),
+            "release" => self.world.packets.append(&mut self.kept),
+            "wipe" => self.world.wipe(ShardId(number(0) as u32)),
+            "deliver" | "lose" | "repeat" | "keep" => {
+                let (place, what) = match rest.as_slice() {
+                    ["old", what @ ..] => (0, what),
+                    what => (newest, what),
+                };
+                let chosen: Vec<usize> =
+                    (0..before).filter(|place| fits(&self.world.packets[*place], what)).collect();
+                let packets: Vec<Packet> =
+                    chosen.iter().map(|place| self.world.packets[*place].clone()).collect();
+                if verb != "repeat" {
+                    for place in chosen.iter().rev() {
+                        self.world.packets.remove(*place);
+                    }
+                    arrived -= chosen.len();
+                }
+                if verb == "keep" {
+                    self.kept.extend(packets);
+                } else if verb != "lose" {
+                    for packet in packets {
+                        self.world.deliver(packet, place);
+                    }
+                }
+            }
+            "rest" => {
+                self.world.settle();
+                arrived = 0;
+            }
+            "tick" => self.world.tick(number(0)),
+            "reconnect" => {
+                self.world.step(newest, Event::Reconnected { shard: ShardId(number(0) as u32) });
+            }
+            "move" | "restart" => {
+                let group = self.world.shards.get_mut(&ShardId(number(0) as u32)).expect("a shard");
+                if verb == "move" {
+                    group.lead = (group.lead + 1) % group.replicas.len();
+                    group.catch_up(group.lead);
+                } else {
+                    group.restart(group.lead);
+                }
+            }
+            "rows" => {
+                for text in &rest {
+                    let row = self.world.row(&row_of(placement, text));
+                    writeln!(told, "{text}: {} (version {})", value(&row.value), row.version).unwrap();
+                }
+            }
+            "held" => {
+                for held in self.world.shards[&ShardId(number(0) as u32)].leading().machine.held() {
+                    let part = held.part;
+                    writeln!(told, "{} {} {}", name_of(part.id), part.number, vote(&part.vote)).unwrap();
+                }
+            }
+            "check" => {
+                self.world.check_at_rest();
+                writeln!(told, "all holds").unwrap();
+            }
+            _ => panic!("{verb} is no command"),
+        }
+        let from = arrived.min(self.world.packets.len());
+        for packet in &self.world.packets[from..] {
+            writeln!(told, "{}", shown(packet)).unwrap();
+        }
+        for (token, reply) in &self.world.replies[self.seen_replies..] {
+            let name = self.names.get(token).map_or("somebody", String::as_str);
+            writeln!(told, "reply to {name}: {}", answer(reply)).unwrap();
+        }
+        for alarm in &self.world.alarms[self.seen_alarms..] {
+            writeln!(told, "ALARM {alarm}").unwrap();
+        }
+        self.seen_replies = self.world.replies.len();
+        self.seen_alarms = self.world.alarms.len();
+        told
+    }
+
+    fn new(shards: u32) -> Script {
+        Script {
+            world: World::new(shards, 2),
+            names: BTreeMap::new(),
+            kept: Vec::new(),
+            seen_replies: 0,
+            seen_alarms: 0,
+        }
+    }
+}
+
+fn fits(packet: &Packet, what: &[&str]) -> bool {
+    let (direction, at) = match packet {
+        Packet::ToShard(shard, _) | Packet::Read(shard, ..) => ("to", shard.0),
+        Packet::FromShard(shard, _) | Packet::Answer(shard, ..) => ("from", shard.0),
+    };
+    match what {
+        [] => true,
+        [wanted] => *wanted == direction,
+        [wanted, shard] => *wanted == direction && *shard == at.to_string(),
+        _ => panic!("{what:?} says too much"),
+    }
+}
+
+fn shown(packet: &Packet) -> String {
+    match packet {
+        Packet::ToShard(shard, message) => format!("to {shard}: {}", to_shard(message)),
+        Packet::Read(shard, _, read) if read.known => {
+            let ids: Vec<String> = read.wait_for.iter().map(|id| name_of(*id)).collect();
+            format!("to {shard}: read at {} after [{}]", read.position, ids.join(" "))
+        }
+        Packet::Read(shard, _, read) => format!("to {shard}: read at {}", read.position),
+        Packet::FromShard(shard, message) => format!("from {shard}: {}", from_shard(message)),
+        Packet::Answer(shard, _, ShardReadAnswer::InDoubt(ids)) => {
+            let ids: Vec<String> = ids.iter().map(|id| name_of(*id)).collect();
+            format!("from {shard}: in doubt [{}]", ids.join(" "))
+        }
+        Packet::Answer(shard, _, ShardReadAnswer::Rows(rows)) => {
+            let values: Vec<String> = rows.iter().map(|row| value(&row.value)).collect();
+            format!("from {shard}: values [{}]", values.join(", "))
+        }
+        Packet::Answer(shard, _, ShardReadAnswer::History { changes, .. }) => {
+            format!("from {shard}: {} changes", changes.len())
+        }
+    }
+}
+
+fn to_shard(message: &ToShard) -> String {
+    let mut parts = vec![format!("mark {}", message.mark)];
+    if message.greet {
+        parts.push(format!("greet {}", message.epoch));
+    }
+    for outcome in &message.outcomes {
+        let commit = outcome.commit.map_or("abort".to_owned(), |stamp| format!("commit at {stamp}"));
+        parts.push(format!(
+            "outcome {} {} {commit}{}",
+            name_of(outcome.id),
+            outcome.number,
+            given(&outcome.gives_up)
+        ));
+    }
+    for prepare in &message.prepares {
+        parts.push(format!("prepare {} {}{}", name_of(prepare.id), prepare.number, given(&prepare.gives_up)));
+    }
+    parts.join(", ")
+}
+
+fn given(numbers: &[verdict_protocol::ids::Number]) -> String {
+    if numbers.is_empty() {
+        return String::new();
+    }
+    let numbers: Vec<String> = numbers.iter().map(ToString::to_string).collect();
+    format!(" giving up {}", numbers.join(" "))
+}
+
+fn from_shard(message: &FromShard) -> String {
+    let mut parts = Vec::new();
+    if let Some(greeting) = &message.greeting {
+        let held: Vec<String> = greeting
+            .parts
+            .iter()
+            .map(|part| format!("{} {} {}", name_of(part.id), part.number, vote(&part.vote)))
+            .collect();
+        parts.push(format!("greeting {} [{}]", greeting.epoch, held.join("; ")));
+    }
+    for done in &message.done {
+        let lost = if done.lost { " LOST" } else { "" };
+        parts.push(format!("done {} {}{lost}", name_of(done.id), done.number));
+    }
+    for one in &message.votes {
+        parts.push(format!("vote {} {} {}", name_of(one.id), one.number, vote(&one.kind)));
+    }
+    parts.join(", ")
+}
+
+fn vote(kind: &VoteKind) -> String {
+    match kind {
+        VoteKind::No(why) => format!("NO {}", abort(why)),
+        VoteKind::Yes => "YES".to_owned(),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+fn abort(abort: &Abort) -> String {
+    let place = abort.operation.map_or(String::new(), |place| format!(" operation {place}"));
+    let met = match &abort.met {
+        None => String::new(),
+        Some(Met::Balance(balance)) => format!(" met {balance}"),
+        Some(Met::Record(bytes)) => format!(" met {}", String::from_utf8_lossy(bytes)),
+        Some(Met::Version(version)) => format!(" met version {version}"),
+        Some(Met::Absent) => " met nothing".to_owned(),
+    };
+    format!("{:?}{place}{met}", abort.reason)
+}
+
+fn decision(decision: &Decision) -> String {
+    match &decision.result {
+        Ok(stamp) => format!("COMMITTED at {stamp}"),
+        Err(why) => format!("ABORTED {}", abort(why)),
+    }
+}
+
+fn answer(reply: &Reply) -> String {
+    match reply {
+        Reply::Decided(it) => decision(it),
+        Reply::Rows { position, rows } => {
+            let values: Vec<String> = rows.iter().map(|row| value(&row.value)).collect();
+            format!("at {position} [{}]", values.join(", "))
+        }
+        other => format!("{other:?}"),
+    }
+}
+
+fn value(value: &RowValue) -> String {
+    match value {
+        RowValue::Absent => "nothing".to_owned(),
+        RowValue::Balance(balance) => balance.to_string(),
+        RowValue::Record(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+    }
+}
+
+/// Runs a script; the text that it should be.
+fn play(text: &str) -> String {
+    let mut script = Script::new(2);
+    let mut out = String::new();
+    for line in text.lines() {
+        if let Some(command) = line.strip_prefix("> ") {
+            writeln!(out, "{line}").unwrap();
+            out.push_str(&script.run(command));
+        } else if line.starts_with('#') || line.is_empty() {
+            writeln!(out, "{line}").unwrap();
+        }
+    }
+    out
+}
+
+#[test]
+fn every_script_tells_its_story() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scripts");
+    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    assert!(!files.is_empty(), "there are no scripts");
+    let update = std::env::var_os("UPDATE_SCRIPTS").is_some();
+    let mut wrong = Vec::new();
+    for file in files {
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        let text = fs::read_to_string(&file).unwrap();
+        let told = std::panic::catch_unwind(|| play(&text));
+        match told {
+            Ok(told) if told == text => {}
+            Ok(told) if update => fs::write(&file, told).unwrap(),
+            Ok(told) => {
+                let differs = told.lines().zip(text.lines()).position(|(now, before)| now != before);
+                let line = differs.unwrap_or(told.lines().count().min(text.lines().count()));
+                wrong.push(format!(
+                    "{name}:{}: expected {:?}, found {:?}",
+                    line + 1,
+                    text.lines().nth(line).unwrap_or("(the end)"),
+                    told.lines().nth(line).unwrap_or("(the end)")
+                ));
+            }
+            Err(_) => wrong.push(format!("{name}: panicked, see above")),
+        }
+    }
+    assert!(wrong.is_empty(), "scripts that tell another story:\n{}", wrong.join("\n"));
+}
