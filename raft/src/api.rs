@@ -165,6 +165,8 @@ pub struct GroupStatus {
     pub position: Position,
     /// The index of the last entry in the newest snapshot; 0: none.
     pub snapshot_index: u64,
+    /// The index of the last entry that was purged from this replica's log; 0: none.
+    pub purged_index: u64,
     /// Everybody who votes.
     pub voters: Vec<NodeId>,
     /// Voters that the leader hasn't heard of for [`Timing::silent_after_ms`]. Empty on replicas that don't lead.

@@ -228,7 +228,8 @@ impl<M: Machine> Group<M> {
             committed_index: index(metrics.local_committed),
             applied_index: index(*shared.replica.applied().borrow()),
             position: shared.replica.position(),
-            snapshot_index: index(metrics.snapshot),
+            snapshot_index: index(shared.replica.snapshots.current().and_then(|(meta, _)| meta.last_log_id)),
+            purged_index: index(shared.log.purged()),
             voters: metrics
                 .membership_config
                 .voter_ids()
@@ -291,8 +292,13 @@ impl<M: Machine> Group<M> {
             }
             // One that is being made already may be too old; then another is made after it.
             shared.raft.trigger().snapshot().await.map_err(stopped)?;
-            let changed = timeout(LEADERSHIP_TICK, metrics.changed()).await;
-            if let Ok(Err(_)) = changed {
+            let ready = async {
+                while metrics.borrow_and_update().snapshot < Some(wanted) {
+                    metrics.changed().await?;
+                }
+                Ok::<(), openraft::async_runtime::watch::RecvError>(())
+            };
+            if let Ok(Err(_)) = timeout(LEADERSHIP_TICK, ready).await {
                 return Err(AdminError::Stopped("the host was shut down".to_owned()));
             }
         }

@@ -144,6 +144,11 @@ impl GroupLog {
         self.lock().last
     }
 
+    /// The last purged log id.
+    pub(crate) fn purged(&self) -> Option<LogId> {
+        self.lock().purged
+    }
+
     /// Waits until the log has grown.
     pub(crate) async fn grown(&self) {
         self.grown.notified().await;

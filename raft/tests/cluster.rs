@@ -313,7 +313,12 @@ async fn a_follower_behind_the_purged_log_converges_by_snapshot() {
     assert!(status.snapshot_index > 100, "{status:?}");
     let index = cluster.group(leader).trigger_snapshot().await.unwrap();
     assert!(index >= status.snapshot_index);
-    sleep(Duration::from_millis(300)).await;
+    // Purging waits for replication to let go of the entries.
+    let begun = Instant::now();
+    while cluster.nodes.values().any(|running| running.group.status().purged_index < 50) {
+        assert!(begun.elapsed() < PATIENCE, "the log isn't purged");
+        sleep(Duration::from_millis(20)).await;
+    }
     cluster.start(behind).await;
     cluster.converge().await;
     let status = cluster.group(behind).status();
