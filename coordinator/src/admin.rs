@@ -426,6 +426,7 @@ mod tests {
             applied_index: 10,
             position: Position { index: 9, hash: [0xab; 32] },
             snapshot_index: 0,
+            purged_index: 0,
             voters: vec![NodeId(1)],
             silent_voters: vec![],
         };

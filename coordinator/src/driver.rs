@@ -53,6 +53,8 @@ const ACTS_IN_FLIGHT_MAX: usize = 16;
 const CALLERS_MAX: usize = 400_000;
 /// Alarms that one round writes to the log.
 const ALARMS_PER_ROUND: usize = 16;
+/// How often a replica that must not lead, and does, tries to hand the leadership on.
+const HAND_ON_INTERVAL: Duration = Duration::from_secs(1);
 /// How long to wait before the next epoch is opened, when one ended while the local replica still led.
 const REOPEN_PAUSE: Duration = Duration::from_millis(50);
 
@@ -124,11 +126,11 @@ impl Driver {
     pub(crate) async fn run(mut self) {
         let mut may_lead = true;
         loop {
-            let Some(term) = self.follow(may_lead).await else { return };
+            let Some(term) = self.follow(may_lead).await else { break };
             let end = self.lead(term).await;
             self.router.close();
             match end {
-                End::Shutdown => return,
+                End::Shutdown => break,
                 End::Lost(why) => {
                     tracing::info!(%why, "this node leads the coordinators no longer");
                     tokio::time::sleep(REOPEN_PAUSE).await;
@@ -136,22 +138,30 @@ impl Driver {
                 End::Never(why) => {
                     tracing::error!(%why, "this node must not lead the coordinators");
                     may_lead = false;
-                    let group = self.group.clone();
-                    // Perhaps another voter can. If not, the error above says what to do.
-                    tokio::spawn(async move { group.transfer_leader(None).await });
                 }
             }
         }
+        self.requests.close();
+        while let Some(request) = self.requests.recv().await {
+            request.caller.answer(Err(NotServed::NotLeader));
+        }
     }
 
-    /// Refuses calls until the local replica leads. Gives the term; none at the shutdown.
+    /// Refuses calls until the local replica leads. Gives the term; none at the shutdown. A replica that must not lead hands the
+    /// leadership on whenever it gets it: perhaps another voter can.
     async fn follow(&mut self, may_lead: bool) -> Option<u64> {
+        let mut hand_on = tokio::time::interval(HAND_ON_INTERVAL);
+        hand_on.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let now = *self.leadership.borrow_and_update();
             if now.is_leader && may_lead {
                 return Some(now.term);
             }
             tokio::select! {
+                _ = hand_on.tick(), if now.is_leader => {
+                    let group = self.group.clone();
+                    tokio::spawn(async move { group.transfer_leader(None).await });
+                }
                 _ = self.shutdown.wait_for(|stop| *stop) => return None,
                 changed = self.leadership.changed() => changed.ok()?,
                 request = self.requests.recv() => request?.caller.answer(Err(NotServed::NotLeader)),
@@ -265,6 +275,9 @@ impl Reign<'_> {
             self.perform();
             let woken = self.wait(&mut requests, &mut peers).await;
             if let Err(end) = self.round(woken, &mut requests, &mut peers) {
+                for request in requests {
+                    request.caller.answer(Err(NotServed::NotLeader));
+                }
                 return end;
             }
         }
@@ -326,10 +339,14 @@ impl Reign<'_> {
         for event in peers.drain(..) {
             self.peer(event)?;
         }
+        let mut taken = Ok(());
         for request in requests.drain(..) {
-            self.request(request)?;
+            match taken {
+                Ok(()) => taken = self.request(request),
+                Err(_) => request.caller.answer(Err(NotServed::NotLeader)),
+            }
         }
-        Ok(())
+        taken
     }
 
     fn step(&mut self, event: Event) -> Result<(), End> {

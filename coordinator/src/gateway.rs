@@ -365,10 +365,7 @@ impl Gateway {
 
     /// Asks the local driver.
     async fn ask(&self, question: Question) -> Answer {
-        let Some(local) = &self.local else { return Err(NotServed::NotLeader) };
-        if !self.leaders.is_local() {
-            return Err(NotServed::NotLeader);
-        }
+        let Some(local) = self.leading() else { return Err(NotServed::NotLeader) };
         let (caller, answer) = Caller::once();
         match local.driver.try_send(Request { question, caller }) {
             Ok(()) => answer.await.unwrap_or(Err(NotServed::Lost)),
@@ -454,10 +451,15 @@ impl Gateway {
         CallFailure::not_leader(self.leaders.hint(Some(self.config.node))).status()
     }
 
-    /// The node shuts down.
+    /// The node shuts down. Only for what was never handed over: the submitter answers all that it has taken.
     pub(crate) fn stopping(&self) -> Status {
-        // A submission may have been handed over before: this says nothing about it.
-        Status::cancelled("this node is shutting down")
+        let leader = self.leaders.hint(Some(self.config.node));
+        CallFailure::unavailable("this node is shutting down", leader).status()
+    }
+
+    /// The local replica and its driver, if they lead as far as is known.
+    pub(crate) fn leading(&self) -> Option<&Local> {
+        self.local.as_ref().filter(|local| self.leaders.is_local() && !local.driver.is_closed())
     }
 }
 

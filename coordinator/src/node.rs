@@ -125,6 +125,7 @@ pub struct CoordinatorNode {
     settlement: SettlementService,
     admin: AdminService,
     tasks: Arc<Tasks>,
+    fatal: watch::Receiver<Option<String>>,
 }
 
 /// The tasks and their end.
@@ -154,10 +155,12 @@ impl CoordinatorNode {
             .map_err(CoordinatorError::Config)?;
         let leaders = Arc::new(leaders);
         let (shutdown, stop) = watch::channel(false);
+        let (fatal, fatal_receiver) = watch::channel(None);
+        let fatal = Arc::new(fatal);
         let mut running = Vec::new();
         let local_group = group.map(|group| {
             let (driver, task) = start_driver(&config, group.clone(), connect, stop.clone());
-            running.push(task);
+            running.push(tokio::spawn(watch_over("the driver", task, fatal.clone())));
             Local { group, driver }
         });
         let limits = SubmitterLimits {
@@ -167,7 +170,8 @@ impl CoordinatorNode {
         };
         let driver = local_group.as_ref().map(|local| local.driver.clone());
         let (submitter, submissions) = Submitter::new(config.node, limits, leaders.clone(), driver);
-        running.push(tokio::spawn(submitter.run(stop)));
+        let task = tokio::spawn(submitter.run(stop));
+        running.push(tokio::spawn(watch_over("the submitter", task, fatal)));
         let gateway = Gateway { config: gateway_config(&config), leaders, submissions, local: local_group };
         let gateway = Arc::new(gateway);
         Ok(CoordinatorNode {
@@ -175,6 +179,7 @@ impl CoordinatorNode {
             admin: AdminService { gateway: gateway.clone(), local, version: config.version },
             gateway,
             tasks: Arc::new(Tasks { shutdown, running: Mutex::new(running) }),
+            fatal: fatal_receiver,
         })
     }
 
@@ -221,14 +226,28 @@ impl CoordinatorNode {
         self.gateway.local.as_ref().map(|local| local.group.clone())
     }
 
+    /// The message of the defect that ended one of the tasks, once there is one: this node can't serve any more, and as it might go on
+    /// leading without anybody who decides, the process should end.
+    pub fn fatal(&self) -> watch::Receiver<Option<String>> {
+        self.fatal.clone()
+    }
+
     /// Ends the tasks. Callers who wait are told that their outcome isn't known here. The replica is left to the host.
     pub async fn shutdown(&self) {
         self.tasks.shutdown.send_replace(true);
         for task in self.tasks.running.lock().await.drain(..) {
-            if let Err(error) = task.await {
-                tracing::error!(%error, "a task of the coordinator failed");
-            }
+            // What it watches over is told by `fatal`.
+            let _ = task.await;
         }
+    }
+}
+
+/// Says so if a task panics.
+async fn watch_over(name: &'static str, task: JoinHandle<()>, fatal: Arc<watch::Sender<Option<String>>>) {
+    if let Err(error) = task.await {
+        let message = format!("{name} of the coordinators has failed: {error}");
+        tracing::error!(message, "this node must stop");
+        fatal.send_replace(Some(message));
     }
 }
 

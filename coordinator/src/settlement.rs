@@ -56,7 +56,7 @@ impl Settlement for SettlementService {
         let (responses, outgoing) = mpsc::channel(OUTGOING);
         let stream = SubmitStream::new(self.gateway.clone(), self.window, request.into_inner(), responses);
         if origin.forwarded {
-            let local = self.gateway.local.clone().filter(|_| self.gateway.leaders.is_local());
+            let local = self.gateway.leading().cloned();
             let local = local.ok_or_else(|| self.gateway.not_leader())?;
             tokio::spawn(stream.run(Forwarded { local }));
         } else {

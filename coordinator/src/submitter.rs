@@ -377,9 +377,14 @@ impl Submitter {
     }
 
     fn dispatch_local(&mut self, driver: &mpsc::Sender<Request>) {
+        if driver.is_closed() {
+            self.leaders.failed(self.node, None);
+            return self.pause();
+        }
         while let Ok(room) = driver.try_reserve() {
             let Some(tag) = self.table.ready.pop_front() else { return };
             let Some(pending) = self.table.pending.get_mut(&tag) else { continue };
+            debug_assert!(pending.under_way.is_none(), "a submission has one try under way");
             pending.under_way = Some(Via::Local);
             let question = Question::Submit { batch: pending.batch.clone(), hash: pending.hash };
             let caller = Caller::Many { tag, sender: self.local_sender.clone() };
@@ -402,6 +407,7 @@ impl Submitter {
         while let Ok(room) = queue.try_reserve() {
             let Some(tag) = self.table.ready.pop_front() else { return };
             let Some(pending) = self.table.pending.get_mut(&tag) else { continue };
+            debug_assert!(pending.under_way.is_none(), "a submission has one try under way");
             pending.under_way = Some(via);
             room.send(v1::SubmitStreamRequest { batch: Some(batch_to_wire(&pending.batch)) });
         }

@@ -1,1 +1,59 @@
-fn main() {}
+//! The `verdict` program: flags, tracing and signals; all else is in the library.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+use verdict_node::{ctl, demo, dev, node, settle};
+
+/// Settles batches of changes that touch several partitions: all of a batch or none of it, in isolation, exactly once.
+#[derive(Parser)]
+#[command(name = "verdict", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run one node of a cluster, with the roles that its configuration gives it.
+    Node {
+        /// The configuration file (TOML); docs/operations.md explains it.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Run a durable three-node cluster inside this process, on one port: for writing a service against.
+    Dev(dev::DevArgs),
+    /// Watch a tape of trades settle on three node processes, while the processes that lead are killed.
+    Demo(demo::DemoArgs),
+    /// Settle a tape of trades on a running cluster.
+    Settle(settle::SettleArgs),
+    /// Submit, read and look at a running cluster.
+    Ctl(ctl::CtlArgs),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_env("VERDICT_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("verdict: start the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(async {
+        match arguments.command {
+            Command::Node { config } => node::run(&config).await,
+            Command::Dev(args) => dev::run(args).await,
+            Command::Demo(args) => demo::run(args).await,
+            Command::Settle(args) => settle::run(args).await,
+            Command::Ctl(args) => ctl::run(args).await,
+        }
+    });
+    result.unwrap_or_else(|error| {
+        eprintln!("verdict: {error:#}");
+        ExitCode::FAILURE
+    })
+}

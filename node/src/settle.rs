@@ -40,6 +40,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const RESOLVE_WAIT: Duration = Duration::from_secs(2);
 /// The pause between two tries of one batch, beyond those that the client makes.
 const PAUSE: Duration = Duration::from_millis(50);
+/// The longest latency that is told apart from longer ones, in microseconds: an hour.
+const LATENCY_US_MAX: u64 = 3_600_000_000;
 /// Pauses without a commit that are worth telling.
 const GAP_MIN: Duration = Duration::from_millis(100);
 /// The time series has one figure for each of these.
@@ -397,7 +399,7 @@ impl Tally {
             ends: vec![nothing; count],
             given_up: Vec::new(),
             began,
-            latency_us: Histogram::new(3).expect("3 significant digits are allowed"),
+            latency_us: Histogram::new_with_bounds(1, LATENCY_US_MAX, 3).expect("the bounds are right"),
             last_commit: Duration::ZERO,
         }
     }
@@ -610,4 +612,179 @@ fn report_json(report: &SettleReport, before: &Totals, after: &Totals) -> anyhow
     let json =
         serde_json::json!({ "report": report, "total_before": sums(before), "total_after": sums(after) });
     Ok(serde_json::to_string_pretty(&json)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::VecDeque,
+        pin::Pin,
+        sync::{Arc, Mutex},
+    };
+
+    use futures::Stream;
+    use tokio_stream::wrappers::ReceiverStream;
+    use tonic::{Request, Response, Status, Streaming, transport::Server};
+    use verdict_client::{BatchBuilder, connect::InProcess};
+    use verdict_proto::v1::{
+        Aborted, CallError, Committed, GetBatchRequest, GetBatchResponse, HistoryRequest, HistoryResponse,
+        Outcome as Told, ReadRequest, ReadResponse, SubmitRequest, SubmitResponse, SubmitStreamRequest,
+        SubmitStreamResponse, Undecided,
+        outcome::Result as Said,
+        settlement_server::{Settlement, SettlementServer},
+        submit_stream_response::Result as Answered,
+    };
+
+    use super::*;
+
+    /// A node that answers the first tries of every batch as it is told, and then commits. It remembers which ids came.
+    #[derive(Clone, Default)]
+    struct Node {
+        script: Arc<Mutex<BTreeMap<String, VecDeque<Answered>>>>,
+        first: Vec<Answered>,
+        /// What `GetBatch` says.
+        told: Option<Said>,
+        ids: Arc<Mutex<Vec<String>>>,
+    }
+
+    #[tonic::async_trait]
+    impl Settlement for Node {
+        type SubmitStreamStream = Pin<Box<dyn Stream<Item = Result<SubmitStreamResponse, Status>> + Send>>;
+
+        async fn submit_stream(
+            &self,
+            request: Request<Streaming<SubmitStreamRequest>>,
+        ) -> Result<Response<Self::SubmitStreamStream>, Status> {
+            let node = self.clone();
+            let answers = request.into_inner().map(move |request| {
+                let batch = request?.batch.expect("a request has a batch");
+                let partition = batch.operations[0].row.clone().expect("an operation has a row").partition;
+                node.ids.lock().unwrap().push(batch.id.clone());
+                let mut script = node.script.lock().unwrap();
+                let acts = script.entry(partition).or_insert_with(|| node.first.clone().into());
+                let mut result =
+                    acts.pop_front().unwrap_or_else(|| told(Said::Committed(Committed { stamp: 7 })));
+                if let Answered::Outcome(outcome) = &mut result {
+                    outcome.batch_id = batch.id.clone();
+                }
+                Ok(SubmitStreamResponse { batch_id: batch.id, result: Some(result) })
+            });
+            Ok(Response::new(answers.boxed()))
+        }
+
+        async fn get_batch(
+            &self,
+            request: Request<GetBatchRequest>,
+        ) -> Result<Response<GetBatchResponse>, Status> {
+            let outcome = Told { batch_id: request.into_inner().batch_id, result: self.told.clone() };
+            Ok(Response::new(GetBatchResponse { outcome: Some(outcome) }))
+        }
+
+        async fn submit(&self, _: Request<SubmitRequest>) -> Result<Response<SubmitResponse>, Status> {
+            Err(Status::unimplemented("not used here"))
+        }
+
+        async fn read(&self, _: Request<ReadRequest>) -> Result<Response<ReadResponse>, Status> {
+            Err(Status::unimplemented("not used here"))
+        }
+
+        async fn history(&self, _: Request<HistoryRequest>) -> Result<Response<HistoryResponse>, Status> {
+            Err(Status::unimplemented("not used here"))
+        }
+    }
+
+    fn told(said: Said) -> Answered {
+        Answered::Outcome(Told { batch_id: String::new(), result: Some(said) })
+    }
+
+    fn aborted(reason: AbortReason, operation: Option<u32>) -> Answered {
+        let (reason, met, message) = (reason.into(), None, String::new());
+        told(Said::Aborted(Aborted { reason, operation, met, message }))
+    }
+
+    fn undecided(state: UndecidedState) -> Said {
+        Said::Undecided(Undecided { state: state.into(), message: "lost sight of it".into() })
+    }
+
+    /// Settles 50 batches against the node; the client gives up after 300 ms.
+    async fn settle(node: Node, ids: Option<&[Uuid]>) -> Run {
+        let network = InProcess::default();
+        let incoming = ReceiverStream::new(network.listen("n:1"));
+        let server = Server::builder().add_service(SettlementServer::new(node));
+        tokio::spawn(server.serve_with_incoming(incoming));
+        let timeout = Duration::from_millis(300);
+        let options = Options { connect: Arc::new(network), timeout, try_timeout: timeout };
+        let client = Client::connect(["n:1"], options).unwrap();
+        let make = |number: usize, id: &str| {
+            BatchBuilder::with_id(id).insert(format!("trade:{number}"), "trade", "").build()
+        };
+        let work = Work { label: "test", count: 50, make: &make, ids, gate: None, window: 50 };
+        work.run(&client, &Progress::new("test", 50)).await
+    }
+
+    #[tokio::test]
+    async fn interrupted_batches_are_settled_under_fresh_ids_and_the_old_ids_are_remembered() {
+        let first = vec![aborted(AbortReason::Interrupted, None), aborted(AbortReason::Contention, None)];
+        let node = Node { first, ..Node::default() };
+        let run = settle(node.clone(), None).await;
+        assert_eq!((run.report.committed, run.report.failed, run.given_up.len()), (50, 0, 100));
+        let latency = &run.report.latency;
+        assert!(
+            latency.p50_ms >= 100.0 && latency.max_ms >= latency.p50_ms,
+            "two pauses of 50 ms: {latency:?}"
+        );
+        assert_eq!((run.report.retried["INTERRUPTED"], run.report.retried["CONTENTION"]), (50, 50));
+        let mut ids = node.ids.lock().unwrap().clone();
+        ids.sort();
+        ids.dedup();
+        assert_eq!(ids.len(), 150, "every try had an id of its own");
+    }
+
+    #[tokio::test]
+    async fn refused_batches_are_settled_under_the_same_ids() {
+        let code = tonic::Code::ResourceExhausted.into();
+        let refusal = CallError { code, message: "full".into(), field: String::new(), retry_after_ms: 1 };
+        // More refusals than the client takes in its time.
+        let node = Node { first: vec![Answered::Error(refusal); 20], ..Node::default() };
+        let run = settle(node.clone(), None).await;
+        assert_eq!((run.report.committed, run.report.failed), (50, 0));
+        let ids: std::collections::BTreeSet<String> = node.ids.lock().unwrap().iter().cloned().collect();
+        assert_eq!(ids.len(), 50);
+    }
+
+    #[tokio::test]
+    async fn unknown_batches_are_asked_for_by_id_until_they_are_definite() {
+        let lost = || vec![told(undecided(UndecidedState::Unknown)); 20];
+        let told = Some(Said::Committed(Committed { stamp: 9 }));
+        let run = settle(Node { first: lost(), told, ..Node::default() }, None).await;
+        assert_eq!((run.report.unknown.unknown, run.report.unknown.get_batch_committed), (50, 50));
+        assert!(run.ends.iter().all(|(_, end)| *end == End::Committed(9)));
+
+        let told = Some(undecided(UndecidedState::NotSeen));
+        let run = settle(Node { first: lost(), told, ..Node::default() }, None).await;
+        assert!(run.report.unknown.get_batch_not_seen >= 50, "{:?}", run.report.unknown);
+        assert!(run.ends.iter().all(|(_, end)| *end == End::Committed(7)));
+    }
+
+    #[tokio::test]
+    async fn a_record_that_exists_means_settled_before_and_given_ids_are_tried_once() {
+        let first = vec![aborted(AbortReason::RowExists, Some(0))];
+        let run = settle(Node { first, ..Node::default() }, None).await;
+        assert_eq!((run.report.already_settled, run.report.committed), (50, 0));
+
+        let ids: Vec<Uuid> = (0..50).map(|_| Uuid::now_v7()).collect();
+        let first = vec![aborted(AbortReason::Interrupted, None)];
+        let run = settle(Node { first, ..Node::default() }, Some(&ids)).await;
+        let end = End::Aborted(AbortReason::Interrupted);
+        assert!(run.ends.iter().zip(&ids).all(|(found, id)| *found == (*id, end.clone())));
+    }
+
+    #[test]
+    fn the_pause_of_a_kill_is_the_longest_that_overlaps_its_time() {
+        let pause = |at, seconds| Pause { at, seconds };
+        let pauses = vec![pause(0.0, 0.2), pause(1.0, 0.5), pause(1.6, 2.0), pause(9.0, 5.0)];
+        let report = SettleReport { pauses, ..SettleReport::default() };
+        assert_eq!(report.longest_pause(1.2, 2.0), Some(pause(1.6, 2.0)));
+        assert_eq!(report.longest_pause(5.0, 6.0), None);
+    }
 }

@@ -1,0 +1,543 @@
+//! A real coordinator group of one voter, on a real disk, with participants that follow a script.
+//!
+//! Node 1 has the coordinator's only replica and leads shard 1; node 2 is a gateway without a replica and leads shard 2. So the
+//! router has to find shard 2 by node 1's hint, and every call to node 2 has to be forwarded.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures::{Stream, StreamExt as _};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
+use tonic_types::StatusExt as _;
+use verdict_coordinator::{CoordinatorConfig, CoordinatorNode, NoShards};
+use verdict_proto::{
+    connect::{Connect, InProcess},
+    convert::{from_shard_to_wire, not_leader_to_wire, read_answer_to_wire, to_shard_from_wire},
+    v1::{
+        self,
+        admin_client::AdminClient,
+        outcome,
+        participant_server::{Participant, ParticipantServer},
+        settlement_client::SettlementClient,
+    },
+};
+use verdict_protocol::{
+    batch::Placement,
+    ids::{BatchId, Millis, NodeId, Number, ShardId},
+    messages::{
+        Abort, AbortReason, Done, FromShard, Greeting, HeldPart, RowAt, ShardQuery, ShardReadAnswer, Vote,
+        VoteKind,
+    },
+};
+use verdict_raft::{Host, HostConfig, Limits, Timing};
+
+const PLACEMENT: Placement = Placement { shards: 2 };
+
+/// A participant that holds what it promised, votes NO on partitions named `poor…`, and loses its first answers if told so.
+#[derive(Clone)]
+struct Script {
+    leads: ShardId,
+    elsewhere: NodeId,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    held: BTreeMap<Number, HeldPart>,
+    committed: Vec<BatchId>,
+    prepares: usize,
+    greetings: usize,
+    /// Streams break instead of carrying so many answers to prepares.
+    breaks: usize,
+}
+
+type Said = Pin<Box<dyn Stream<Item = Result<v1::ParticipantMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Participant for Script {
+    type ExchangeStream = Said;
+
+    async fn exchange(
+        &self,
+        request: Request<Streaming<v1::CoordinatorMessage>>,
+    ) -> Result<Response<Said>, Status> {
+        let mut incoming = request.into_inner();
+        let script = self.clone();
+        let (sender, receiver) = mpsc::channel(16);
+        tokio::spawn(async move {
+            while let Ok(Some(message)) = incoming.message().await {
+                for answer in script.answer(message) {
+                    let broken = answer.is_err();
+                    if sender.send(answer).await.is_err() || broken {
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+impl Script {
+    fn new(leads: u32, elsewhere: u64) -> Script {
+        Script { leads: ShardId(leads), elsewhere: NodeId(elsewhere), state: Arc::default() }
+    }
+
+    fn answer(&self, message: v1::CoordinatorMessage) -> Vec<Result<v1::ParticipantMessage, Status>> {
+        let told = to_shard_from_wire(message).unwrap();
+        if told.shard != self.leads {
+            return vec![Ok(not_leader_to_wire(told.shard, Some(self.elsewhere)))];
+        }
+        let mut state = self.state.lock().unwrap();
+        let mut answer = FromShard::default();
+        if told.message.greet {
+            state.greetings += 1;
+            let parts = state.held.values().cloned().collect();
+            answer.greeting = Some(Greeting { epoch: told.message.epoch, parts });
+        }
+        for outcome in told.message.outcomes {
+            let held = state.held.remove(&outcome.number);
+            if outcome.commit.is_some() && held.is_some() {
+                state.committed.push(outcome.id);
+            }
+            answer.done.push(Done { id: outcome.id, number: outcome.number, lost: false });
+        }
+        for prepare in told.message.prepares {
+            state.prepares += 1;
+            let poor = prepare.operations.iter().any(|(_, one)| one.row.partition().starts_with("poor"));
+            let kind = match poor {
+                true => {
+                    VoteKind::No(Abort { operation: Some(1), ..Abort::because(AbortReason::ShortOfFunds) })
+                }
+                false => VoteKind::Yes,
+            };
+            let held = HeldPart {
+                number: prepare.number,
+                id: prepare.id,
+                hash: prepare.hash,
+                shards: prepare.shards,
+                vote: kind.clone(),
+            };
+            state.held.insert(prepare.number, held);
+            answer.votes.push(Vote { id: prepare.id, number: prepare.number, kind });
+        }
+        if !answer.votes.is_empty() && state.breaks > 0 {
+            state.breaks -= 1;
+            return vec![Err(Status::unavailable("the script breaks the stream"))];
+        }
+        let mut messages = from_shard_to_wire(told.shard, &answer);
+        if !told.reads.is_empty() {
+            let reads = told.reads.iter().map(|(request, read)| {
+                let answer = match &read.query {
+                    ShardQuery::Rows(rows) => ShardReadAnswer::Rows(vec![RowAt::default(); rows.len()]),
+                    ShardQuery::History { .. } => ShardReadAnswer::History { changes: vec![], next: None },
+                };
+                read_answer_to_wire(*request, &answer)
+            });
+            let reads = reads.collect();
+            messages.push(v1::ParticipantMessage { shard: told.shard.0, reads, ..Default::default() });
+        }
+        messages.into_iter().map(Ok).collect()
+    }
+}
+
+struct Running {
+    node: CoordinatorNode,
+    host: Host,
+    stop: oneshot::Sender<()>,
+    server: JoinHandle<()>,
+}
+
+impl Running {
+    async fn stop(self) {
+        // Connections take no more calls from here on; those with endless streams don't end by themselves.
+        let _ = self.stop.send(());
+        self.node.shutdown().await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        self.server.abort();
+        let _ = self.server.await;
+        self.host.shutdown().await;
+    }
+}
+
+fn address(node: u64) -> String {
+    format!("node{node}:1")
+}
+
+async fn start(
+    network: &InProcess,
+    directory: &Path,
+    node: u64,
+    script: &Script,
+    change: impl FnOnce(&mut CoordinatorConfig),
+) -> Running {
+    if std::env::var_os("RUST_LOG").is_some() {
+        let _ = tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .with_writer(std::io::stderr)
+            .try_init();
+    }
+    let connect: Arc<dyn Connect> = Arc::new(network.clone());
+    let host_config = HostConfig {
+        cluster: "test".into(),
+        node: NodeId(node),
+        address: address(node),
+        directory: directory.join(format!("node{node}")),
+        timing: Timing {
+            heartbeat_ms: 50,
+            election_timeout_min_ms: 150,
+            election_timeout_max_ms: 300,
+            ..Timing::default()
+        },
+        limits: Limits::default(),
+    };
+    let host = Host::open(host_config, connect.clone()).await.unwrap();
+    let nodes = [(NodeId(1), address(1)), (NodeId(2), address(2))].into();
+    let mut config = CoordinatorConfig::new(NodeId(node), nodes, PLACEMENT);
+    change(&mut config);
+    let voters = [(NodeId(1), address(1))].into();
+    let coordinator =
+        CoordinatorNode::start(config, &host, &voters, connect, Arc::new(NoShards)).await.unwrap();
+    let (stop, stopped) = oneshot::channel();
+    let server = Server::builder()
+        .add_service(host.service())
+        .add_service(coordinator.settlement_service())
+        .add_service(coordinator.admin_service())
+        .add_service(ParticipantServer::new(script.clone()))
+        .serve_with_incoming_shutdown(ReceiverStream::new(network.listen(&address(node))), async {
+            let _ = stopped.await;
+        });
+    let server = tokio::spawn(async move { server.await.unwrap() });
+    Running { node: coordinator, host, stop, server }
+}
+
+struct Cluster {
+    network: InProcess,
+    directory: tempfile::TempDir,
+    scripts: [Script; 2],
+    nodes: Vec<Running>,
+}
+
+impl Cluster {
+    async fn start() -> Cluster {
+        let network = InProcess::default();
+        let directory = tempfile::tempdir().unwrap();
+        let scripts = [Script::new(1, 2), Script::new(2, 1)];
+        let mut nodes = Vec::new();
+        for (node, script) in [1, 2].into_iter().zip(&scripts) {
+            nodes.push(start(&network, directory.path(), node, script, |_| {}).await);
+        }
+        Cluster { network, directory, scripts, nodes }
+    }
+
+    async fn stop(self) {
+        for node in self.nodes {
+            node.stop().await;
+        }
+    }
+
+    fn settlement(&self, node: u64) -> SettlementClient<tonic::transport::Channel> {
+        SettlementClient::new(self.network.channel(&address(node)).unwrap())
+    }
+
+    fn admin(&self, node: u64) -> AdminClient<tonic::transport::Channel> {
+        AdminClient::new(self.network.channel(&address(node)).unwrap())
+    }
+}
+
+fn now_ms() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+fn id(n: u64) -> BatchId {
+    id_at(now_ms(), n)
+}
+
+fn id_at(ms: u64, n: u64) -> BatchId {
+    let mut tail = [0; 10];
+    tail[2..].copy_from_slice(&n.to_be_bytes());
+    BatchId::from_parts(Millis(ms), tail)
+}
+
+/// Two partitions on the two shards, with a prefix.
+fn partitions(prefix: &str) -> [String; 2] {
+    [1, 2].map(|shard| {
+        let mut names = (0..).map(|n| format!("{prefix}{n}"));
+        names.find(|name| PLACEMENT.shard_of(name) == ShardId(shard)).unwrap()
+    })
+}
+
+fn add(partition: &str, delta: &str) -> v1::Operation {
+    v1::Operation {
+        row: Some(v1::Row { partition: partition.into(), name: "USD".into() }),
+        kind: Some(v1::operation::Kind::Add(v1::Add { delta: delta.into(), floor: None, ceiling: None })),
+    }
+}
+
+fn transfer(id: BatchId, prefix: &str, amount: i64) -> v1::Batch {
+    let [from, to] = partitions(prefix);
+    let operations = vec![add(&from, &format!("-{amount}")), add(&to, &amount.to_string())];
+    v1::Batch { id: id.to_string(), timeout_ms: 5000, operations, zero_sum: true }
+}
+
+fn stamp(outcome: v1::Outcome) -> u64 {
+    match outcome.result {
+        Some(outcome::Result::Committed(committed)) => committed.stamp,
+        other => panic!("not committed: {other:?}"),
+    }
+}
+
+fn aborted(outcome: v1::Outcome) -> v1::Aborted {
+    match outcome.result {
+        Some(outcome::Result::Aborted(aborted)) => aborted,
+        other => panic!("not aborted: {other:?}"),
+    }
+}
+
+fn undecided(outcome: v1::Outcome) -> v1::UndecidedState {
+    match outcome.result {
+        Some(outcome::Result::Undecided(undecided)) => undecided.state(),
+        other => panic!("decided: {other:?}"),
+    }
+}
+
+fn question(id: BatchId) -> v1::GetBatchRequest {
+    v1::GetBatchRequest { batch_id: id.to_string(), ..Default::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_id_has_one_outcome_wherever_and_however_often_it_is_submitted() {
+    let cluster = Cluster::start().await;
+    let trade = transfer(id(1), "user:", 5);
+    let first = stamp(cluster.nodes[0].node.submit(trade.clone()).await.unwrap());
+    for node in 0..2 {
+        let again = cluster.nodes[node].node.submit(trade.clone()).await.unwrap();
+        assert_eq!(stamp(again), first);
+        let told = cluster.nodes[node].node.get_batch(question(id_of(&trade))).await.unwrap();
+        assert_eq!(stamp(told), first);
+        let mut other = trade.clone();
+        other.operations[0] = add("user:0", "-6");
+        other.zero_sum = false;
+        let refused = cluster.nodes[node].node.submit(other).await.unwrap_err();
+        assert_eq!(refused.code(), Code::AlreadyExists, "{refused}");
+    }
+    let poor = transfer(id(2), "poor:", 5);
+    let answer = aborted(cluster.nodes[1].node.submit(poor).await.unwrap());
+    assert_eq!((answer.reason(), answer.operation), (v1::AbortReason::ShortOfFunds, Some(1)));
+    for script in &cluster.scripts {
+        assert_eq!(script.state.lock().unwrap().committed, [id_of(&trade)]);
+    }
+    cluster.stop().await;
+}
+
+fn id_of(batch: &v1::Batch) -> BatchId {
+    verdict_proto::convert::batch_id("id", &batch.id).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_batch_of_a_stream_is_answered_on_its_own_through_either_node() {
+    let cluster = Cluster::start().await;
+    for node in [1, 2] {
+        let mut batches: Vec<v1::Batch> = (0..2000).map(|n| transfer(id(n), "user:", 1)).collect();
+        // The same id twice on one stream, and one batch that is wrong.
+        batches.push(batches[0].clone());
+        let mut wrong = transfer(id(9999), "user:", 1);
+        wrong.operations[1] = add("user:0", "x");
+        batches.push(wrong.clone());
+        let total = batches.len();
+        let mut client = cluster.settlement(node);
+        let requests = batches.into_iter().map(|batch| v1::SubmitStreamRequest { batch: Some(batch) });
+        let answers = client.submit_stream(tokio_stream::iter(requests)).await.unwrap().into_inner();
+        let answers: Vec<_> = answers.map(Result::unwrap).collect().await;
+        assert_eq!(answers.len(), total);
+        for answer in answers {
+            match answer.result.unwrap() {
+                v1::submit_stream_response::Result::Outcome(outcome) => {
+                    stamp(outcome);
+                }
+                v1::submit_stream_response::Result::Error(error) => {
+                    assert_eq!(answer.batch_id, wrong.id);
+                    assert_eq!(error.code, Code::InvalidArgument as i32);
+                    assert_eq!(error.field, "batch.operations[1].add.delta");
+                }
+            }
+        }
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_decided_nothing_is_an_error_that_names_the_thing() {
+    let cluster = Cluster::start().await;
+    for node in 0..2 {
+        let node = &cluster.nodes[node].node;
+        // The first call waits for the leader.
+        stamp(node.submit(transfer(id(1), "user:", 1)).await.unwrap());
+        let future = transfer(id_at(now_ms() + 3_600_000, 1), "user:", 1);
+        let status = node.submit(future).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        let details = status.get_error_details();
+        let violation = &details.bad_request().unwrap().field_violations[0];
+        assert_eq!(violation.field, "batch.id");
+        assert!(violation.description.contains("ms ahead"), "{}", violation.description);
+        let status =
+            node.submit(v1::Batch { id: id(3).to_string(), ..Default::default() }).await.unwrap_err();
+        assert_eq!(
+            status.get_error_details().bad_request().unwrap().field_violations[0].field,
+            "batch.operations"
+        );
+        let rows = vec![v1::Row { partition: "a".into(), name: String::new() }];
+        let status = node.read(v1::ReadRequest { rows }).await.unwrap_err();
+        assert_eq!(
+            status.get_error_details().bad_request().unwrap().field_violations[0].field,
+            "rows[0].name"
+        );
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_question_about_an_id_is_answered_by_the_leader_and_can_make_an_end() {
+    let cluster = Cluster::start().await;
+    for node in 0..2 {
+        let node = &cluster.nodes[node].node;
+        let unseen = id(1);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+        // Until every shard has answered the greeting a part of it might be somewhere.
+        while undecided(node.get_batch(question(unseen)).await.unwrap()) == v1::UndecidedState::InProgress {
+            assert!(tokio::time::Instant::now() < deadline, "never recovered");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(undecided(node.get_batch(question(unseen)).await.unwrap()), v1::UndecidedState::NotSeen);
+        let end = v1::GetBatchRequest { abort_if_not_seen: true, ..question(unseen) };
+        assert_eq!(aborted(node.get_batch(end).await.unwrap()).reason(), v1::AbortReason::Cancelled);
+        let late = aborted(node.submit(transfer(unseen, "user:", 1)).await.unwrap());
+        assert_eq!(late.reason(), v1::AbortReason::Cancelled);
+        let rows = vec![v1::Row { partition: "a".into(), name: "x".into() }; 2];
+        let read = node.read(v1::ReadRequest { rows: rows.clone() }).await.unwrap();
+        assert_eq!(read.values.len(), 2);
+        let history = v1::HistoryRequest { row: Some(rows[0].clone()), from: 0, limit: 0 };
+        assert!(node.history(history).await.unwrap().entries.is_empty());
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn votes_that_are_lost_with_their_stream_are_asked_for_again() {
+    let cluster = Cluster::start().await;
+    let node = &cluster.nodes[0].node;
+    stamp(node.submit(transfer(id(1), "user:", 1)).await.unwrap());
+    cluster.scripts[1].state.lock().unwrap().breaks = 2;
+    let began = std::time::Instant::now();
+    stamp(node.submit(transfer(id(2), "user:", 1)).await.unwrap());
+    assert!(began.elapsed() < Duration::from_secs(2), "took {:?}", began.elapsed());
+    assert!(cluster.scripts[1].state.lock().unwrap().prepares > 2);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_leader_remembers_and_goes_on_and_waiting_callers_are_served() {
+    let mut cluster = Cluster::start().await;
+    let settled = transfer(id(1), "user:", 1);
+    let first = stamp(cluster.nodes[1].node.submit(settled.clone()).await.unwrap());
+    cluster.nodes.remove(0).stop().await;
+    // Node 2 has nobody to forward to, and keeps trying.
+    let gateway = cluster.nodes[0].node.clone();
+    let waiting = transfer(id(2), "user:", 1);
+    let waits = tokio::spawn({
+        let (gateway, waiting) = (gateway.clone(), waiting.clone());
+        async move { gateway.submit(waiting).await }
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let again = start(&cluster.network, cluster.directory.path(), 1, &cluster.scripts[0], |_| {}).await;
+    let second = stamp(waits.await.unwrap().unwrap());
+    assert!(second > first, "stamps grow across epochs");
+    assert_eq!(stamp(gateway.submit(settled).await.unwrap()), first);
+    let listed =
+        cluster.admin(2).list_decisions(v1::ListDecisionsRequest::default()).await.unwrap().into_inner();
+    let ids: Vec<_> =
+        listed.decisions.iter().map(|decision| decision.outcome.clone().unwrap().batch_id).collect();
+    assert_eq!(ids, [transfer_id(&cluster, 0), waiting.id]);
+    assert_eq!(listed.next, 0);
+    cluster.nodes.push(again);
+    cluster.stop().await;
+}
+
+fn transfer_id(cluster: &Cluster, place: usize) -> String {
+    cluster.scripts[0].state.lock().unwrap().committed[place].to_string()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_leader_nothing_was_proposed_and_the_error_says_so() {
+    let mut cluster = Cluster::start().await;
+    cluster.nodes.remove(0).stop().await;
+    let batch = v1::Batch { timeout_ms: 1, ..transfer(id(1), "user:", 1) };
+    let status = cluster.nodes[0].node.submit(batch.clone()).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    let details = status.get_error_details();
+    assert_eq!(details.error_info().unwrap().domain, "verdict");
+    assert!(details.retry_info().is_some());
+    // The caller's own time limit counts too.
+    let mut request = Request::new(v1::SubmitRequest { batch: Some(batch) });
+    request.set_timeout(Duration::from_millis(400));
+    let status = cluster.settlement(2).submit(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(status.get_error_details().retry_info().is_some());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_with_another_placement_refuses_to_lead() {
+    let mut cluster = Cluster::start().await;
+    stamp(cluster.nodes[1].node.submit(transfer(id(1), "user:", 1)).await.unwrap());
+    cluster.nodes.remove(0).stop().await;
+    let other = start(&cluster.network, cluster.directory.path(), 1, &cluster.scripts[0], |config| {
+        config.placement = Placement { shards: 3 };
+        config.leader.placement = config.placement;
+    });
+    cluster.nodes.push(other.await);
+    let batch = v1::Batch { timeout_ms: 1, ..transfer(id(2), "user:", 1) };
+    for node in &cluster.nodes {
+        let status = node.node.submit(batch.clone()).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable, "{status}");
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_status_shows_every_node_and_whom_nobody_can_reach() {
+    let mut cluster = Cluster::start().await;
+    stamp(cluster.nodes[0].node.submit(transfer(id(1), "user:", 1)).await.unwrap());
+    let mut admin = cluster.admin(2);
+    let status = admin.status(v1::StatusRequest::default()).await.unwrap().into_inner();
+    assert_eq!(status.nodes.len(), 2);
+    let group = &status.nodes[0].groups[0];
+    assert_eq!((group.role(), group.leader, group.decisions), (v1::ReplicaRole::Leader, 1, 1));
+    assert_eq!(group.state_hash.len(), 64);
+    assert!(group.epoch > 0 && group.state_hash_index > group.epoch);
+    assert!(status.nodes[1].groups.is_empty() && status.nodes[1].reachable);
+    let snapshot =
+        cluster.admin(1).trigger_snapshot(v1::TriggerSnapshotRequest { group_id: 0 }).await.unwrap();
+    assert!(snapshot.into_inner().index >= group.state_hash_index);
+    let nobody = admin.trigger_snapshot(v1::TriggerSnapshotRequest { group_id: 0 }).await.unwrap_err();
+    assert_eq!(nobody.code(), Code::NotFound);
+    let alone =
+        admin.transfer_leader(v1::TransferLeaderRequest { group_id: 0, to_node: 0 }).await.unwrap_err();
+    assert_eq!(alone.code(), Code::FailedPrecondition, "{alone}");
+    let in_doubt = admin.list_in_doubt(v1::ListInDoubtRequest::default()).await.unwrap().into_inner();
+    assert_eq!(in_doubt.unreachable_shards, [1, 2], "nobody has shards here");
+    cluster.nodes.remove(0).stop().await;
+    let status = admin.status(v1::StatusRequest::default()).await.unwrap().into_inner();
+    assert!(!status.nodes[0].reachable && !status.nodes[0].error.is_empty());
+    cluster.stop().await;
+}

@@ -1,0 +1,306 @@
+//! What a node reads at its start.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use verdict_protocol::{
+    batch::{BatchLimits, Placement},
+    ids::{NodeId, ShardId},
+    leader::LeaderConfig,
+};
+use verdict_raft::Timing;
+
+/// The most shards a cluster may have.
+const SHARDS_MAX: u32 = 1024;
+
+/// The configuration file of a node (TOML). docs/operations.md explains each setting.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The cluster's name: nodes of different clusters refuse each other.
+    pub cluster: String,
+    /// This node's id. Never used again after its disk is lost.
+    pub node: u64,
+    /// Where it listens, for clients and for other nodes.
+    pub listen: String,
+    /// The folder of everything that it keeps.
+    pub data: PathBuf,
+    /// How many shards the cluster has. Fixed when it is set up.
+    pub shards: u32,
+    /// Nodes with a replica of the coordinator group. Empty: all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub coordinators: Vec<u64>,
+    /// How long a decision is remembered, in seconds: older ids are refused.
+    #[serde(default = "default_retention")]
+    pub retention_seconds: u64,
+    /// Batches that may be in flight at the leader; more are refused with RESOURCE_EXHAUSTED.
+    #[serde(default = "default_batches")]
+    pub batches_in_flight_max: usize,
+    /// Parts that a shard may hold; more are refused.
+    #[serde(default = "default_parts")]
+    pub parts_per_shard_max: u32,
+    /// Operations per batch.
+    #[serde(default = "default_operations")]
+    pub operations_per_batch_max: usize,
+    /// Participants per batch.
+    #[serde(default = "default_participants")]
+    pub participants_per_batch_max: usize,
+    /// Bytes per batch.
+    #[serde(default = "default_batch_bytes")]
+    pub bytes_per_batch_max: usize,
+    /// How often an idle Raft leader tells that it lives, in milliseconds.
+    #[serde(default = "default_heartbeat")]
+    pub heartbeat_ms: u64,
+    /// After how long without a sign of its leader a follower stands for election: from this...
+    #[serde(default = "default_election_min")]
+    pub election_timeout_min_ms: u64,
+    /// ...to this, in milliseconds.
+    #[serde(default = "default_election_max")]
+    pub election_timeout_max_ms: u64,
+    /// All nodes and where they listen, this one included.
+    pub nodes: BTreeMap<String, String>,
+    /// Which nodes have a replica of a shard. A shard that isn't listed has one on every node.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub shard_replicas: BTreeMap<String, Vec<u64>>,
+}
+
+fn default_retention() -> u64 {
+    24 * 3600
+}
+
+fn default_batches() -> usize {
+    100_000
+}
+
+fn default_parts() -> u32 {
+    200_000
+}
+
+fn default_operations() -> usize {
+    BatchLimits::default().operations_max
+}
+
+fn default_participants() -> usize {
+    BatchLimits::default().participants_max
+}
+
+fn default_batch_bytes() -> usize {
+    BatchLimits::default().bytes_max
+}
+
+fn default_heartbeat() -> u64 {
+    Timing::default().heartbeat_ms
+}
+
+fn default_election_min() -> u64 {
+    Timing::default().election_timeout_min_ms
+}
+
+fn default_election_max() -> u64 {
+    Timing::default().election_timeout_max_ms
+}
+
+impl Config {
+    /// A configuration with defaults, for programs that make their own.
+    pub fn new(
+        cluster: &str,
+        node: u64,
+        listen: &str,
+        data: PathBuf,
+        shards: u32,
+        nodes: BTreeMap<String, String>,
+    ) -> Config {
+        Config {
+            cluster: cluster.to_owned(),
+            node,
+            listen: listen.to_owned(),
+            data,
+            shards,
+            coordinators: Vec::new(),
+            retention_seconds: default_retention(),
+            batches_in_flight_max: default_batches(),
+            parts_per_shard_max: default_parts(),
+            operations_per_batch_max: default_operations(),
+            participants_per_batch_max: default_participants(),
+            bytes_per_batch_max: default_batch_bytes(),
+            heartbeat_ms: default_heartbeat(),
+            election_timeout_min_ms: default_election_min(),
+            election_timeout_max_ms: default_election_max(),
+            nodes,
+            shard_replicas: BTreeMap::new(),
+        }
+    }
+
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Config> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+        let config: Config = toml::from_str(&text).with_context(|| format!("parse {}", path.display()))?;
+        config.check().with_context(|| format!("check {}", path.display()))?;
+        Ok(config)
+    }
+
+    /// Checks what the types don't.
+    pub fn check(&self) -> Result<()> {
+        ensure!(!self.cluster.is_empty(), "`cluster` is empty: give the cluster a name");
+        ensure!(
+            (1..=SHARDS_MAX).contains(&self.shards),
+            "`shards` is {}, it must be 1 to {SHARDS_MAX}",
+            self.shards
+        );
+        let nodes = self.nodes()?;
+        let Some(address) = nodes.get(&NodeId(self.node)) else {
+            bail!("`node` is {}, which [nodes] doesn't list", self.node);
+        };
+        if address.split(':').next_back() != self.listen.split(':').next_back() {
+            tracing::warn!(listen = %self.listen, %address, "[nodes] gives this node another port than `listen`");
+        }
+        let distinct: BTreeSet<&String> = nodes.values().collect();
+        ensure!(distinct.len() == nodes.len(), "[nodes] gives two nodes the same address");
+        for (what, ids) in std::iter::once(("`coordinators`".to_owned(), &self.coordinators))
+            .chain(self.shard_replicas.iter().map(|(shard, ids)| (format!("[shard_replicas] {shard}"), ids)))
+        {
+            for id in ids {
+                ensure!(
+                    nodes.contains_key(&NodeId(*id)),
+                    "{what} names node {id}, which [nodes] doesn't list"
+                );
+            }
+        }
+        for shard in self.shard_replicas.keys() {
+            let known = shard.parse::<u32>().is_ok_and(|shard| (1..=self.shards).contains(&shard));
+            ensure!(known, "[shard_replicas] names shard {shard:?}, there are shards 1 to {}", self.shards);
+        }
+        ensure!(
+            self.election_timeout_min_ms > 2 * self.heartbeat_ms
+                && self.election_timeout_max_ms > self.election_timeout_min_ms,
+            "`heartbeat_ms`, `election_timeout_min_ms` and `election_timeout_max_ms` must grow in this order, \
+             the second more than twice the first"
+        );
+        Ok(())
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> Result<BTreeMap<NodeId, String>> {
+        let parse = |(id, address): (&String, &String)| {
+            let id: u64 = id
+                .parse()
+                .ok()
+                .filter(|id| *id > 0)
+                .with_context(|| format!("[nodes] has the id {id:?}: ids are numbers from 1"))?;
+            let port = address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+            ensure!(port.is_some(), "[nodes] gives node {id} the address {address:?}: it must be host:port");
+            Ok((NodeId(id), address.clone()))
+        };
+        self.nodes.iter().map(parse).collect()
+    }
+
+    /// The voters of the coordinator group.
+    pub fn coordinator_voters(&self) -> Result<BTreeMap<NodeId, String>> {
+        self.pick(&self.coordinators)
+    }
+
+    /// The voters of a shard.
+    pub fn shard_voters(&self, shard: ShardId) -> Result<BTreeMap<NodeId, String>> {
+        self.pick(self.shard_replicas.get(&shard.0.to_string()).map_or(&[], Vec::as_slice))
+    }
+
+    fn pick(&self, ids: &[u64]) -> Result<BTreeMap<NodeId, String>> {
+        let mut nodes = self.nodes()?;
+        if !ids.is_empty() {
+            nodes.retain(|node, _| ids.contains(&node.0));
+        }
+        Ok(nodes)
+    }
+
+    /// Where partitions live.
+    pub fn placement(&self) -> Placement {
+        Placement { shards: self.shards }
+    }
+
+    /// The shards that have a replica here.
+    pub fn own_shards(&self) -> Result<Vec<ShardId>> {
+        let mut own = Vec::new();
+        for shard in self.placement().all() {
+            if self.shard_voters(shard)?.contains_key(&NodeId(self.node)) {
+                own.push(shard);
+            }
+        }
+        Ok(own)
+    }
+
+    /// The limits on batches.
+    pub fn batch_limits(&self) -> BatchLimits {
+        BatchLimits {
+            operations_max: self.operations_per_batch_max,
+            participants_max: self.participants_per_batch_max,
+            bytes_max: self.bytes_per_batch_max,
+        }
+    }
+
+    /// The settings of a coordinator's leader.
+    pub fn leader(&self) -> LeaderConfig {
+        LeaderConfig {
+            batches_max: self.batches_in_flight_max,
+            retention_ms: self.retention_seconds * 1000,
+            ..LeaderConfig::new(self.placement())
+        }
+    }
+
+    /// The intervals of Raft.
+    pub fn timing(&self) -> Timing {
+        Timing {
+            heartbeat_ms: self.heartbeat_ms,
+            election_timeout_min_ms: self.election_timeout_min_ms,
+            election_timeout_max_ms: self.election_timeout_max_ms,
+            ..Timing::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        cluster = "demo"
+        node = 1
+        listen = "127.0.0.1:7401"
+        data = "/data"
+        shards = 4
+        [nodes]
+        1 = "127.0.0.1:7401"
+        2 = "127.0.0.1:7402"
+        3 = "127.0.0.1:7403"
+    "#;
+
+    fn problem(change: impl Fn(&str) -> String) -> String {
+        match toml::from_str::<Config>(&change(GOOD)) {
+            Err(error) => error.to_string(),
+            Ok(config) => format!("{:#}", config.check().unwrap_err()),
+        }
+    }
+
+    #[test]
+    fn a_good_file_passes() {
+        let config: Config = toml::from_str(GOOD).unwrap();
+        config.check().unwrap();
+        assert_eq!(config.own_shards().unwrap().len(), 4);
+        assert_eq!(config.coordinator_voters().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn every_mistake_is_named() {
+        assert!(problem(|text| text.replace("node = 1", "node = 9")).contains("which [nodes] doesn't list"));
+        assert!(problem(|text| text.replace("7402", "7403")).contains("same address"));
+        assert!(problem(|text| text.replace("shards = 4", "shards = 0")).contains("`shards` is 0"));
+        assert!(problem(|text| text.replace("shards = 4", "shard = 4")).contains("shard"));
+        assert!(problem(|text| text.replace("\"127.0.0.1:7402\"", "\"nowhere\"")).contains("host:port"));
+        assert!(
+            problem(|text| text.replace("shards = 4", "shards = 4\ncoordinators = [7]")).contains("node 7")
+        );
+    }
+}

@@ -1,0 +1,165 @@
+//! One node: the roles that its configuration gives it, behind one port.
+//!
+//! The caller gives the connections that come in and the way to other nodes, so the same node runs as a process on TCP, and with
+//! others inside one process without any socket.
+
+use std::{future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, anyhow};
+use futures::Stream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{service::Routes, transport::server::Connected};
+use tonic_health::{ServingStatus, server::HealthReporter};
+use verdict_coordinator::{CoordinatorConfig, CoordinatorNode};
+use verdict_participant::{Participant, ParticipantConfig, ParticipantLimits};
+use verdict_proto::connect::{Connect, Tcp};
+use verdict_protocol::ids::NodeId;
+use verdict_raft::{Host, HostConfig, Limits};
+
+use crate::{
+    config::Config,
+    local::Local,
+    serve::{server, set_health, standard_services},
+};
+
+/// How long open streams may take to end when the node stops.
+const STOP_PATIENCE: Duration = Duration::from_secs(1);
+/// A node that runs.
+pub struct Node {
+    host: Arc<Host>,
+    participant: Participant,
+    coordinator: CoordinatorNode,
+    health: HealthReporter,
+    stop: oneshot::Sender<()>,
+    server: JoinHandle<Result<(), tonic::transport::Error>>,
+}
+
+impl Node {
+    /// Starts a node on the connections that come in. It restarts from what its folder holds.
+    pub async fn start<I, S>(config: &Config, connect: Arc<dyn Connect>, incoming: S) -> Result<Node>
+    where
+        I: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        S: Stream<Item = std::io::Result<I>> + Send + 'static,
+    {
+        config.check()?;
+        let node = NodeId(config.node);
+        let nodes = config.nodes()?;
+        let host_config = HostConfig {
+            cluster: config.cluster.clone(),
+            node,
+            address: nodes[&node].clone(),
+            directory: config.data.clone(),
+            timing: config.timing(),
+            limits: Limits::default(),
+        };
+        let host = Arc::new(Host::open(host_config, connect.clone()).await.context("open the data folder")?);
+        let participant_config = ParticipantConfig {
+            node,
+            placement: config.placement(),
+            shards: config.own_shards()?,
+            limits: ParticipantLimits {
+                parts_max: config.parts_per_shard_max,
+                ..ParticipantLimits::default()
+            },
+        };
+        let participant = Participant::start(participant_config, &host, &nodes).await?;
+        let coordinator_config = CoordinatorConfig {
+            limits: config.batch_limits(),
+            leader: config.leader(),
+            ..CoordinatorConfig::new(node, nodes, config.placement())
+        };
+        let local = Arc::new(Local { participant: participant.clone() });
+        let coordinator =
+            CoordinatorNode::start(coordinator_config, &host, &config.coordinator_voters()?, connect, local)
+                .await
+                .context("start the coordinator")?;
+        let mut routes = Routes::builder();
+        let health = standard_services(&mut routes).await?;
+        routes
+            .add_service(host.service())
+            .add_service(participant.service())
+            .add_service(coordinator.settlement_service())
+            .add_service(coordinator.admin_service());
+        let (stop, stopped) = oneshot::channel::<()>();
+        let serving = server(routes.routes()).serve_with_incoming_shutdown(incoming, async {
+            // A dropped sender stops it too.
+            let _ = stopped.await;
+        });
+        let server = tokio::spawn(serving);
+        Ok(Node { host, participant, coordinator, health, stop, server })
+    }
+
+    /// The coordinator's side, for use inside this process.
+    pub fn coordinator(&self) -> &CoordinatorNode {
+        &self.coordinator
+    }
+
+    /// Tells when an error of the disk has stopped the node.
+    pub fn fatal(&self) -> watch::Receiver<Option<String>> {
+        self.host.fatal()
+    }
+
+    /// Stops the node cleanly: nothing new is taken, what is on disk is closed.
+    pub async fn stop(self) {
+        set_health(&self.health, ServingStatus::NotServing).await;
+        self.coordinator.shutdown().await;
+        self.participant.shutdown().await;
+        let _ = self.stop.send(());
+        let mut server = self.server;
+        // Streams of clients and other nodes may stay open for ever; they are cut after a moment.
+        if tokio::time::timeout(STOP_PATIENCE, &mut server).await.is_err() {
+            server.abort();
+        }
+        self.host.shutdown().await;
+    }
+
+    /// Runs until `shutdown` ends, or until an error of the disk stops the node.
+    pub async fn run_until(self, shutdown: impl Future<Output = ()>) -> Result<()> {
+        let mut fatal = self.fatal();
+        let failed = async {
+            match fatal.wait_for(Option::is_some).await {
+                Ok(message) => message.clone().unwrap_or_default(),
+                Err(_) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shutdown => {
+                self.stop().await;
+                Ok(())
+            }
+            // Rule R9: it never says another word, so nothing is shut down politely either.
+            message = failed => Err(anyhow!("this node has stopped: {message}")),
+        }
+    }
+}
+
+/// `verdict node`.
+pub async fn run(path: &Path) -> Result<ExitCode> {
+    let config = Config::load(path)?;
+    let listener =
+        TcpListener::bind(&config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
+    let node = Node::start(&config, Arc::new(Tcp), TcpListenerStream::new(listener)).await?;
+    println!("verdict node {} of cluster {:?} is ready on {}", config.node, config.cluster, config.listen);
+    node.run_until(interrupted()?).await?;
+    println!("verdict node {} has stopped", config.node);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ends with the first SIGINT or SIGTERM.
+pub fn interrupted() -> Result<impl Future<Output = ()>> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}

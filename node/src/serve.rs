@@ -1,0 +1,80 @@
+//! The gRPC servers of a node: one for everything, one for clients alone.
+
+use std::{future::Future, time::Duration};
+
+use anyhow::{Context, Result};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{
+    service::Routes,
+    transport::{Server, server::Router},
+};
+use tonic_health::{
+    ServingStatus,
+    server::{HealthReporter, health_reporter},
+};
+
+use crate::node::Node;
+
+/// HTTP/2 flow control windows, as large as on the calling side.
+const WINDOW_BYTES: u32 = 16 << 20;
+/// How often an idle connection is asked for a sign of life, and how long it may take to give one.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long open streams may take to end when a server stops.
+const STOP_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A server of these services.
+pub fn server(routes: Routes) -> Router {
+    Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .tcp_nodelay(true)
+        .add_routes(routes)
+}
+
+/// The standard services that every port has: health and reflection.
+pub async fn standard_services(routes: &mut tonic::service::RoutesBuilder) -> Result<HealthReporter> {
+    let (health, service) = health_reporter();
+    set_health(&health, ServingStatus::Serving).await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(verdict_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .context("describe the services")?;
+    routes.add_service(service).add_service(reflection);
+    Ok(health)
+}
+
+/// Sets the health of the node as a whole and of what clients call.
+pub async fn set_health(health: &HealthReporter, status: ServingStatus) {
+    for service in ["", "verdict.v1.Settlement", "verdict.v1.Admin"] {
+        health.set_service_status(service, status).await;
+    }
+}
+
+/// Serves only what clients and operators call, until `shutdown` ends.
+pub async fn serve_clients(
+    node: &Node,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    let mut routes = Routes::builder();
+    let health = standard_services(&mut routes).await?;
+    routes
+        .add_service(node.coordinator().settlement_service())
+        .add_service(node.coordinator().admin_service());
+    let serving = server(routes.routes()).serve_with_incoming(TcpListenerStream::new(listener));
+    let mut serving = tokio::spawn(serving);
+    tokio::select! {
+        ended = &mut serving => ended.context("serve clients")?.context("serve clients")?,
+        () = shutdown => {
+            set_health(&health, ServingStatus::NotServing).await;
+            let _ = tokio::time::timeout(STOP_PATIENCE, &mut serving).await;
+            serving.abort();
+        }
+    }
+    Ok(())
+}
