@@ -36,6 +36,8 @@ use crate::{
 
 /// How long one batch may take to a definite end, over all its tries.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a cluster may take to answer at all.
+const REACH_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long the server is asked to wait when it is asked for an outcome.
 const RESOLVE_WAIT: Duration = Duration::from_secs(2);
 /// The pause between two tries of one batch, beyond those that the client makes.
@@ -479,10 +481,10 @@ impl Tally {
 }
 
 impl SettleReport {
-    /// The longest pause that overlaps a stretch of time, in seconds since the run began.
+    /// The longest pause that begins in a stretch of time, in seconds since the run began.
     pub fn longest_pause(&self, from: f64, to: f64) -> Option<Pause> {
-        let overlapping = self.pauses.iter().filter(|pause| pause.at < to && pause.at + pause.seconds > from);
-        overlapping.copied().max_by(|one, other| one.seconds.total_cmp(&other.seconds))
+        let within = self.pauses.iter().filter(|pause| (from..to).contains(&pause.at));
+        within.copied().max_by(|one, other| one.seconds.total_cmp(&other.seconds))
     }
 }
 
@@ -546,6 +548,7 @@ pub async fn fund(client: &Client, book: &Book, window: usize) -> anyhow::Result
 /// `verdict settle`: 0 if every trade is settled and no total has changed.
 pub async fn run(args: SettleArgs) -> anyhow::Result<ExitCode> {
     let book = args.tape.book(20_000)?;
+    let addresses = args.connect.join(", ");
     let client = Client::connect(args.connect, Options::default())?;
     let window = args.tape.window as usize;
     let tape = book.tape();
@@ -553,6 +556,12 @@ pub async fn run(args: SettleArgs) -> anyhow::Result<ExitCode> {
     if tape.skipped > 0 {
         eprintln!("{} broken lines were left out", tape.skipped);
     }
+    // A wrong address is told at once, not after the patience of every batch.
+    client
+        .with_timeout(REACH_TIMEOUT)
+        .status()
+        .await
+        .with_context(|| format!("reach the cluster at {addresses}"))?;
     let funding = fund(&client, &book, window).await.context("fund the users")?;
     let before = Totals::read(&client, &book.accounts()).await?;
     let trades = book.trades();
@@ -780,11 +789,11 @@ mod tests {
     }
 
     #[test]
-    fn the_pause_of_a_kill_is_the_longest_that_overlaps_its_time() {
+    fn the_pause_of_a_kill_is_the_longest_that_begins_with_it() {
         let pause = |at, seconds| Pause { at, seconds };
         let pauses = vec![pause(0.0, 0.2), pause(1.0, 0.5), pause(1.6, 2.0), pause(9.0, 5.0)];
         let report = SettleReport { pauses, ..SettleReport::default() };
-        assert_eq!(report.longest_pause(1.2, 2.0), Some(pause(1.6, 2.0)));
+        assert_eq!(report.longest_pause(0.9, 2.0), Some(pause(1.6, 2.0)));
         assert_eq!(report.longest_pause(5.0, 6.0), None);
     }
 }

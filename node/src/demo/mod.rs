@@ -51,7 +51,9 @@ const QUIET_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(100);
 /// How often the totals are read while batches settle.
 const READ_INTERVAL: Duration = Duration::from_millis(250);
-/// A commit pause that begins so soon after a kill belongs to it, in seconds.
+/// A pause between commits that begins in this time around a kill belongs to it, in seconds: a little before, since the last
+/// commit was before the kill, or after, since batches that don't need the dead process go on for a while.
+const PAUSE_BEFORE_KILL: f64 = 0.1;
 const PAUSE_AFTER_KILL: f64 = 1.5;
 /// The exit code after an interruption, as shells have it.
 const INTERRUPTED: u8 = 130;
@@ -508,7 +510,7 @@ fn print_summary(
     println!("\n{}", run.report);
     for kill in kills {
         let at = kill.at.duration_since(run.began).as_secs_f64();
-        let pause = run.report.longest_pause(at, at + PAUSE_AFTER_KILL);
+        let pause = run.report.longest_pause(at - PAUSE_BEFORE_KILL, at + PAUSE_AFTER_KILL);
         let pause = pause.map_or("under 0.1 s".to_owned(), |pause| format!("{:.1} s", pause.seconds));
         let whole = kill.whole_at.duration_since(kill.at).as_secs_f64();
         println!(
