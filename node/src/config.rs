@@ -208,6 +208,11 @@ impl Config {
         self.pick(self.shard_replicas.get(&shard.0.to_string()).map_or(&[], Vec::as_slice))
     }
 
+    /// The voters of every shard.
+    pub fn shard_voters_of_all(&self) -> Result<BTreeMap<ShardId, BTreeMap<NodeId, String>>> {
+        self.placement().all().map(|shard| Ok((shard, self.shard_voters(shard)?))).collect()
+    }
+
     fn pick(&self, ids: &[u64]) -> Result<BTreeMap<NodeId, String>> {
         let mut nodes = self.nodes()?;
         if !ids.is_empty() {

@@ -69,7 +69,8 @@ impl Node {
                 ..ParticipantLimits::default()
             },
         };
-        let participant = Participant::start(participant_config, &host, &nodes).await?;
+        let voters = config.shard_voters_of_all()?;
+        let participant = Participant::start(participant_config, &host, &voters).await?;
         let coordinator_config = CoordinatorConfig {
             limits: config.batch_limits(),
             leader: config.leader(),

@@ -169,11 +169,11 @@ struct Hosted {
 }
 
 impl Participant {
-    /// Starts the replicas of all shards of the configuration, and their tasks. `voters` found each group that is new.
+    /// Starts the replicas of all shards of the configuration, and their tasks. A group that is new is founded by its `voters`.
     pub async fn start(
         config: ParticipantConfig,
         host: &Host,
-        voters: &BTreeMap<NodeId, String>,
+        voters: &BTreeMap<ShardId, BTreeMap<NodeId, String>>,
     ) -> Result<Participant, StartError> {
         check_config(&config)?;
         let streams = Arc::new(Streams::new(config.limits.streams_max, config.limits.outgoing_max));
@@ -182,7 +182,11 @@ impl Participant {
         for shard in config.shards.iter().copied() {
             let machine =
                 ShardConfig { shard, placement: config.placement, parts_max: config.limits.parts_max };
-            let group = host.start_group::<Shard>(shard.group(), machine, voters).await;
+            let founders = voters.get(&shard).ok_or_else(|| {
+                stop.cancel();
+                StartError::Config(format!("shard {shard} has no voters"))
+            })?;
+            let group = host.start_group::<Shard>(shard.group(), machine, founders).await;
             let group = group.map_err(|error| {
                 stop.cancel();
                 StartError::Group { shard, error }

@@ -57,8 +57,10 @@ impl Node {
             limits: Limits::default(),
         };
         let host = Host::open(config, Arc::new(network.clone())).await.unwrap();
-        let voters = (1..=voters).map(|node| (NodeId(node), address(node))).collect();
+        let voters: BTreeMap<NodeId, String> =
+            (1..=voters).map(|node| (NodeId(node), address(node))).collect();
         let placement = Placement { shards };
+        let voters = placement.all().map(|shard| (shard, voters.clone())).collect();
         let limits = ParticipantLimits { ask_after_ms: 200, ..Default::default() };
         let config =
             ParticipantConfig { node: NodeId(node), placement, shards: placement.all().collect(), limits };

@@ -433,21 +433,17 @@ impl Shard {
         let ends = held.is_some_and(|held| held.number == number || gives_up.contains(&held.number));
         let mut lost = false;
         match (commit, held) {
-            (Some(stamp), Some(held)) if held.number == number => {
-                assert!(
-                    held.stand == Stand::Yes,
-                    "batch {id} is committed under {number}, for which this shard did not vote YES"
-                );
+            (Some(stamp), Some(held)) if held.number == number && held.stand == Stand::Yes => {
                 let operations = held.operations.clone();
                 self.carry_out(store, id, stamp, &operations)?;
             }
-            // A part under another number than the committed one, or none at all: fine if this outcome has been here before.
+            // No part, or one that can't have been counted on: fine if this outcome has been here before.
             (Some(_), _) => lost = !known,
             (None, _) => {}
         }
         if lost {
             reply.alarms.push(format!(
-                "batch {id} is committed under {number}, but this shard holds no such part and has not finished it"
+                "batch {id} is committed under {number}, but this shard holds no YES under it and has not finished it"
             ));
             return Ok(Done { id, number, lost });
         }
