@@ -153,6 +153,8 @@ impl Driver {
         let mut hand_on = tokio::time::interval(HAND_ON_INTERVAL);
         hand_on.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            // An error: the host has stopped.
+            self.leadership.has_changed().ok()?;
             let now = *self.leadership.borrow_and_update();
             if now.is_leader && may_lead {
                 return Some(now.term);
@@ -196,6 +198,7 @@ impl Driver {
             to_confirm: None,
             to_query: Vec::new(),
             barrier: None,
+            barrier_rests: false,
         };
         let end = reign.rule().await;
         for (_, caller) in reign.callers.drain() {
@@ -253,6 +256,8 @@ struct Reign<'a> {
     to_confirm: Option<u64>,
     to_query: Vec<Event>,
     barrier: Option<Barrier>,
+    /// The last confirmation failed: the next one begins with the next tick.
+    barrier_rests: bool,
 }
 
 /// What woke the loop.
@@ -261,7 +266,8 @@ enum Woken {
     Peers,
     Acted(Acted),
     Barrier(Result<u64, ReadError>),
-    Leadership,
+    /// The leadership has changed; false: the host has stopped.
+    Leadership(bool),
     Tick,
     Shutdown,
 }
@@ -295,7 +301,7 @@ impl Reign<'_> {
         tokio::select! {
             biased;
             _ = driver.shutdown.wait_for(|stop| *stop) => Woken::Shutdown,
-            _ = driver.leadership.changed() => Woken::Leadership,
+            changed = driver.leadership.changed() => Woken::Leadership(changed.is_ok()),
             _ = tick.tick() => Woken::Tick,
             Some(acted) = acts.next(), if !acts.is_empty() => Woken::Acted(acted),
             result = confirmed => Woken::Barrier(result),
@@ -316,7 +322,8 @@ impl Reign<'_> {
     ) -> Result<(), End> {
         match woken {
             Woken::Shutdown => return Err(End::Shutdown),
-            Woken::Leadership => self.check_leadership()?,
+            Woken::Leadership(true) => self.check_leadership()?,
+            Woken::Leadership(false) => return Err(End::Lost("the replica has stopped".to_owned())),
             Woken::Tick => self.ticked()?,
             Woken::Acted(acted) => self.acted(acted)?,
             Woken::Barrier(result) => self.confirmed(result)?,
@@ -373,6 +380,7 @@ impl Reign<'_> {
     }
 
     fn ticked(&mut self) -> Result<(), End> {
+        self.barrier_rests = false;
         let now = self.clock.now();
         self.step(Event::Tick { now })?;
         for shard in self.driver.router.tick(Instant::now()) {
@@ -411,6 +419,7 @@ impl Reign<'_> {
             }
             Err(ReadError::Unavailable(_)) => {
                 // No quorum now; whoever waits has a time limit of its own.
+                self.barrier_rests = true;
                 self.to_confirm = self.to_confirm.max(barrier.confirm);
                 self.to_query.splice(0..0, barrier.queries);
                 Ok(())
@@ -470,6 +479,9 @@ impl Reign<'_> {
         for alarm in effects.alarms.iter().take(ALARMS_PER_ROUND) {
             tracing::error!(epoch = %self.leader.epoch(), "{alarm}");
         }
+        if let Some(more) = effects.alarms.len().checked_sub(ALARMS_PER_ROUND).filter(|more| *more > 0) {
+            tracing::error!(epoch = %self.leader.epoch(), more, "there are more such alarms");
+        }
     }
 
     fn record(&mut self, act: Act) {
@@ -484,7 +496,10 @@ impl Reign<'_> {
     }
 
     fn begin_barrier(&mut self) {
-        if self.barrier.is_some() || (self.to_confirm.is_none() && self.to_query.is_empty()) {
+        if self.barrier.is_some()
+            || self.barrier_rests
+            || (self.to_confirm.is_none() && self.to_query.is_empty())
+        {
             return;
         }
         let group = self.driver.group.clone();

@@ -189,8 +189,9 @@ impl Gateway {
         }
         let (caller, answer) = Caller::once();
         let submission = self.submission(checked, origin, caller);
-        self.submissions.send(submission).await.map_err(|_| self.stopping())?;
-        answer.await.map_err(|_| self.stopping())?.map_err(CallFailure::status)
+        self.submissions.send(submission).await.map_err(|_| self.stopping().status())?;
+        let answer = answer.await.unwrap_or_else(|_| Err(self.stopping()));
+        answer.map_err(CallFailure::status)
     }
 
     /// Settles one batch that another node forwarded.
@@ -248,16 +249,17 @@ impl Gateway {
         }
     }
 
-    /// Asks the local driver for an outcome, and waits for it so long.
+    /// Asks the local driver for an outcome. If the batch is in progress, waits so long for its decision.
     async fn query(&self, id: BatchId, wait: Duration, abort: bool) -> Result<v1::GetBatchResponse, Tried> {
-        let question = Question::Query { id, wait: abort || !wait.is_zero(), abort_if_not_seen: abort };
-        let wait = if abort { wait.max(WAY) } else { wait };
-        // The confirmation of the leadership takes its time even if nobody waits for a decision.
-        let answer = match tokio::time::timeout(wait + WAY, self.ask(question)).await {
-            Ok(answer) => answer,
-            Err(_) => Ok(Reply::InProgress),
-        };
-        let outcome = match self.served(answer)? {
+        let ask = |wait| self.ask(Question::Query { id, wait, abort_if_not_seen: abort });
+        let mut reply = self.served(ask(false).await)?;
+        if reply == Reply::InProgress && !wait.is_zero() {
+            // The time limit is on the decision alone, not on the confirmation of the leadership: that one is behind us.
+            if let Ok(answer) = tokio::time::timeout(wait, ask(true)).await {
+                reply = self.served(answer)?;
+            }
+        }
+        let outcome = match reply {
             Reply::Decided(decision) => outcome_to_wire(&decision),
             Reply::InProgress => {
                 undecided(id, v1::UndecidedState::InProgress, "the batch is being prepared or decided")
@@ -452,9 +454,9 @@ impl Gateway {
     }
 
     /// The node shuts down. Only for what was never handed over: the submitter answers all that it has taken.
-    pub(crate) fn stopping(&self) -> Status {
+    pub(crate) fn stopping(&self) -> CallFailure {
         let leader = self.leaders.hint(Some(self.config.node));
-        CallFailure::unavailable("this node is shutting down", leader).status()
+        CallFailure::unavailable("this node is shutting down", leader)
     }
 
     /// The local replica and its driver, if they lead as far as is known.

@@ -93,13 +93,13 @@ trait Target: Send + 'static {
     /// How they are answered there.
     type Answer: Send + 'static;
 
-    /// Hands one over. An error: it could not be, and nobody can.
+    /// Hands one over. Where nobody takes it any more, it is answered at once.
     fn submit(
         &self,
         gateway: &Gateway,
         checked: crate::gateway::Checked,
         caller: Caller<Self::Answer>,
-    ) -> impl Future<Output = Result<(), ()>> + Send;
+    ) -> impl Future<Output = ()> + Send;
 
     /// The answer as it is sent. The second value is true if the stream should end.
     fn result(&self, id: BatchId, answer: Self::Answer) -> (submit_stream_response::Result, bool);
@@ -113,16 +113,13 @@ struct Direct {
 impl Target for Direct {
     type Answer = Submitted;
 
-    async fn submit(
-        &self,
-        gateway: &Gateway,
-        checked: crate::gateway::Checked,
-        caller: Caller<Submitted>,
-    ) -> Result<(), ()> {
+    async fn submit(&self, gateway: &Gateway, checked: crate::gateway::Checked, caller: Caller<Submitted>) {
         // The time limit of the whole stream is none of a single batch.
         let origin = Origin { timeout: None, ..self.origin };
         let submission = gateway.submission(checked, origin, caller);
-        gateway.submissions.send(submission).await.map_err(|_| ())
+        if let Err(mpsc::error::SendError(submission)) = gateway.submissions.send(submission).await {
+            submission.caller.answer(Err(gateway.stopping()));
+        }
     }
 
     fn result(&self, _: BatchId, answer: Submitted) -> (submit_stream_response::Result, bool) {
@@ -142,14 +139,12 @@ struct Forwarded {
 impl Target for Forwarded {
     type Answer = Answer;
 
-    async fn submit(
-        &self,
-        _: &Gateway,
-        checked: crate::gateway::Checked,
-        caller: Caller<Answer>,
-    ) -> Result<(), ()> {
+    async fn submit(&self, _: &Gateway, checked: crate::gateway::Checked, caller: Caller<Answer>) {
         let question = Question::Submit { batch: checked.batch, hash: checked.hash };
-        self.local.driver.send(DriverRequest { question, caller }).await.map_err(|_| ())
+        let request = DriverRequest { question, caller };
+        if let Err(mpsc::error::SendError(request)) = self.local.driver.send(request).await {
+            request.caller.answer(Err(NotServed::NotLeader));
+        }
     }
 
     fn result(&self, id: BatchId, answer: Answer) -> (submit_stream_response::Result, bool) {
@@ -259,11 +254,8 @@ impl SubmitStream {
                 let tag = self.last_tag;
                 self.in_flight.insert(tag, checked.batch.id);
                 let caller = Caller::Many { tag, sender: sender.clone() };
-                if target.submit(&self.gateway, checked, caller).await.is_ok() {
-                    return true;
-                }
-                let _ = self.responses.send(Err(self.gateway.stopping())).await;
-                false
+                target.submit(&self.gateway, checked, caller).await;
+                true
             }
         }
     }
