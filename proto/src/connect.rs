@@ -71,7 +71,8 @@ impl InProcess {
     }
 
     async fn connect(self, address: String) -> io::Result<TokioIo<DuplexStream>> {
-        let refused = || io::Error::new(io::ErrorKind::ConnectionRefused, format!("nobody listens at {address}"));
+        let refused =
+            || io::Error::new(io::ErrorKind::ConnectionRefused, format!("nobody listens at {address}"));
         let listener = self.lock().get(&address).cloned().ok_or_else(refused)?;
         let (ours, theirs) = tokio::io::duplex(DUPLEX_BYTES);
         listener.send(Ok(theirs)).await.map_err(|_| refused())?;
