@@ -102,9 +102,21 @@ impl Node {
         &self.coordinator
     }
 
-    /// Tells when an error of the disk has stopped the node.
-    pub fn fatal(&self) -> watch::Receiver<Option<String>> {
-        self.host.fatal()
+    /// Ends when the node has stopped by itself, with the reason: an error of its disk, or a defect.
+    pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
+        let told = |mut fatal: watch::Receiver<Option<String>>| async move {
+            match fatal.wait_for(Option::is_some).await {
+                Ok(message) => message.clone().unwrap_or_default(),
+                Err(_) => std::future::pending().await,
+            }
+        };
+        let (host, coordinator) = (told(self.host.fatal()), told(self.coordinator.fatal()));
+        async move {
+            tokio::select! {
+                message = host => message,
+                message = coordinator => message,
+            }
+        }
     }
 
     /// Stops the node cleanly: nothing new is taken, what is on disk is closed.
@@ -121,15 +133,9 @@ impl Node {
         self.host.shutdown().await;
     }
 
-    /// Runs until `shutdown` ends, or until an error of the disk stops the node.
+    /// Runs until `shutdown` ends, or until the node stops by itself.
     pub async fn run_until(self, shutdown: impl Future<Output = ()>) -> Result<()> {
-        let mut fatal = self.fatal();
-        let failed = async {
-            match fatal.wait_for(Option::is_some).await {
-                Ok(message) => message.clone().unwrap_or_default(),
-                Err(_) => std::future::pending().await,
-            }
-        };
+        let failed = self.failed();
         tokio::select! {
             () = shutdown => {
                 self.stop().await;

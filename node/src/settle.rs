@@ -2,6 +2,8 @@
 //!
 //! What happens to one batch:
 //! - COMMITTED: done. ABORTED because its record exists: it was settled before.
+//! - ABORTED for what it met (short of funds, say): a trade that was settled before fails in several ways at once, and any of
+//!   them may be told. So its record is read; if it exists, the trade was settled before.
 //! - ABORTED (INTERRUPTED, CONTENTION, PARTICIPANT_UNAVAILABLE): true for that id for ever, but another try under a fresh id may
 //!   do better.
 //! - UNKNOWN: asked for by its id until the answer is definite. Never seen: submitted again under the same id.
@@ -13,6 +15,7 @@ use std::{
     fmt,
     path::PathBuf,
     process::ExitCode,
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -24,8 +27,9 @@ use serde::Serialize;
 use tokio::sync::watch;
 use uuid::Uuid;
 use verdict_client::{
-    AbortReason, Answer, Batch, Client, ClientError, Options, Outcome, Submitter, UndecidedState,
+    AbortReason, Answer, Batch, Client, ClientError, Options, Outcome, Submitter, UndecidedState, value,
 };
+use verdict_proto::v1::{Operation, operation::Kind};
 
 use crate::{
     book::{Book, TREASURY},
@@ -187,6 +191,8 @@ pub struct SettleReport {
     pub commits_per_100_ms: Vec<u32>,
     /// Stretches of 100 ms or more without a commit.
     pub pauses: Vec<Pause>,
+    /// Stretches in which no batch was allowed to start.
+    pub holds: Vec<Pause>,
 }
 
 /// What became of answers that were lost or not definite.
@@ -230,6 +236,16 @@ pub struct Pause {
     pub seconds: f64,
 }
 
+impl Pause {
+    fn between(from: Duration, to: Duration) -> Pause {
+        Pause { at: from.as_secs_f64(), seconds: (to - from).as_secs_f64() }
+    }
+
+    fn overlaps(&self, other: &Pause) -> bool {
+        self.at < other.at + other.seconds && other.at < self.at + self.seconds
+    }
+}
+
 /// What one batch has been through.
 struct Done {
     number: usize,
@@ -246,7 +262,8 @@ impl Work<'_> {
     pub async fn run(&self, client: &Client, progress: &Progress) -> Run {
         let submitter = client.submitter(self.window);
         let began = Instant::now();
-        let numbers = stream::iter(0..self.count).then(|number| self.pass_gate(number));
+        let holds = Mutex::new(Vec::new());
+        let numbers = stream::iter(0..self.count).then(|number| self.pass_gate(number, began, &holds));
         let work = numbers.map(|number| self.settle_one(client, &submitter, number));
         let mut done = std::pin::pin!(work.buffer_unordered(self.window));
         let mut tally = Tally::new(self.count, began);
@@ -264,13 +281,21 @@ impl Work<'_> {
             }
         }
         progress.tick();
+        tally.report.holds =
+            std::mem::take(&mut *holds.lock().expect("nothing panics while it holds this lock"));
         tally.finish(submitter.stats().streams)
     }
 
-    async fn pass_gate(&self, number: usize) -> usize {
+    /// Waits until a batch may start, and notes if that took long.
+    async fn pass_gate(&self, number: usize, began: Instant, holds: &Mutex<Vec<Pause>>) -> usize {
         if let Some(gate) = &self.gate {
+            let at = began.elapsed();
             // A gate whose keeper has gone is open.
             let _ = gate.clone().wait_for(|limit| number < *limit).await;
+            let hold = Pause::between(at, began.elapsed());
+            if hold.seconds >= GAP_MIN.as_secs_f64() {
+                holds.lock().expect("nothing panics while it holds this lock").push(hold);
+            }
         }
         number
     }
@@ -305,6 +330,15 @@ impl Work<'_> {
         }
     }
 
+    /// Whether the record that a batch inserts, its first operation, exists.
+    async fn record_exists(&self, client: &Client, number: usize) -> bool {
+        let record = (self.make)(number, "").operations.into_iter().next();
+        let Some(Operation { row: Some(row), kind: Some(Kind::Insert(_)) }) = record else { return false };
+        let Ok(read) = client.read(vec![row]).await else { return false };
+        let found = read.values.into_iter().next().and_then(|found| found.value?.kind);
+        matches!(found, Some(value::Kind::Record(_)))
+    }
+
     /// The end that an answer means, or none if another try is to be made.
     async fn end_of(
         &self,
@@ -334,9 +368,32 @@ impl Work<'_> {
                 done.id = Uuid::now_v7();
                 None
             }
+            Outcome::Aborted { reason, .. } if is_about_values(reason) => {
+                match self.record_exists(client, done.number).await {
+                    true => Some(End::AlreadySettled),
+                    false => Some(End::Aborted(reason)),
+                }
+            }
             Outcome::Aborted { reason, .. } => Some(End::Aborted(reason)),
             Outcome::Unknown { message, .. } => Some(End::Failed(format!("{}: {message}", done.id))),
         }
+    }
+}
+
+/// Whether an abort tells one of the conditions that a batch met, of which several may have failed.
+fn is_about_values(reason: AbortReason) -> bool {
+    match reason {
+        AbortReason::ShortOfFunds
+        | AbortReason::AboveCeiling
+        | AbortReason::Overflow
+        | AbortReason::ConditionNotMet => true,
+        AbortReason::Unspecified
+        | AbortReason::RowExists
+        | AbortReason::WrongKind
+        | AbortReason::Contention
+        | AbortReason::ParticipantUnavailable
+        | AbortReason::Interrupted
+        | AbortReason::Cancelled => false,
     }
 }
 
@@ -458,8 +515,7 @@ impl Tally {
         series[step] += 1;
         let length = at - self.last_commit;
         if length >= GAP_MIN {
-            let pause = Pause { at: self.last_commit.as_secs_f64(), seconds: length.as_secs_f64() };
-            self.report.pauses.push(pause);
+            self.report.pauses.push(Pause::between(self.last_commit, at));
         }
         self.last_commit = at;
     }
@@ -481,9 +537,11 @@ impl Tally {
 }
 
 impl SettleReport {
-    /// The longest pause that begins in a stretch of time, in seconds since the run began.
+    /// The longest pause that begins in a stretch of time, in seconds since the run began. Pauses that come from holding
+    /// batches back don't count.
     pub fn longest_pause(&self, from: f64, to: f64) -> Option<Pause> {
-        let within = self.pauses.iter().filter(|pause| (from..to).contains(&pause.at));
+        let held = |pause: &&Pause| self.holds.iter().any(|hold| hold.overlaps(pause));
+        let within = self.pauses.iter().filter(|pause| (from..to).contains(&pause.at) && !held(pause));
         within.copied().max_by(|one, other| one.seconds.total_cmp(&other.seconds))
     }
 }
@@ -634,11 +692,11 @@ mod tests {
     use futures::Stream;
     use tokio_stream::wrappers::ReceiverStream;
     use tonic::{Request, Response, Status, Streaming, transport::Server};
-    use verdict_client::{BatchBuilder, connect::InProcess};
+    use verdict_client::{BatchBuilder, Value, connect::InProcess};
     use verdict_proto::v1::{
         Aborted, CallError, Committed, GetBatchRequest, GetBatchResponse, HistoryRequest, HistoryResponse,
-        Outcome as Told, ReadRequest, ReadResponse, SubmitRequest, SubmitResponse, SubmitStreamRequest,
-        SubmitStreamResponse, Undecided,
+        Outcome as Told, ReadRequest, ReadResponse, RowValue, SubmitRequest, SubmitResponse,
+        SubmitStreamRequest, SubmitStreamResponse, Undecided,
         outcome::Result as Said,
         settlement_server::{Settlement, SettlementServer},
         submit_stream_response::Result as Answered,
@@ -693,8 +751,14 @@ mod tests {
             Err(Status::unimplemented("not used here"))
         }
 
-        async fn read(&self, _: Request<ReadRequest>) -> Result<Response<ReadResponse>, Status> {
-            Err(Status::unimplemented("not used here"))
+        /// Every row is a record.
+        async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadResponse>, Status> {
+            let values = request.into_inner().rows.into_iter().map(|row| RowValue {
+                row: Some(row),
+                value: Some(Value { kind: Some(value::Kind::Record("{}".into())) }),
+                version: 1,
+            });
+            Ok(Response::new(ReadResponse { position: 1, values: values.collect() }))
         }
 
         async fn history(&self, _: Request<HistoryRequest>) -> Result<Response<HistoryResponse>, Status> {
@@ -781,6 +845,11 @@ mod tests {
         let run = settle(Node { first, ..Node::default() }, None).await;
         assert_eq!((run.report.already_settled, run.report.committed), (50, 0));
 
+        // Both failed, and the other one was told.
+        let first = vec![aborted(AbortReason::ShortOfFunds, Some(1))];
+        let run = settle(Node { first, ..Node::default() }, None).await;
+        assert_eq!((run.report.already_settled, run.report.aborted.len()), (50, 0));
+
         let ids: Vec<Uuid> = (0..50).map(|_| Uuid::now_v7()).collect();
         let first = vec![aborted(AbortReason::Interrupted, None)];
         let run = settle(Node { first, ..Node::default() }, Some(&ids)).await;
@@ -795,5 +864,7 @@ mod tests {
         let report = SettleReport { pauses, ..SettleReport::default() };
         assert_eq!(report.longest_pause(0.9, 2.0), Some(pause(1.6, 2.0)));
         assert_eq!(report.longest_pause(5.0, 6.0), None);
+        let held = SettleReport { holds: vec![pause(2.0, 0.5)], ..report };
+        assert_eq!(held.longest_pause(0.9, 2.0), Some(pause(1.0, 0.5)));
     }
 }

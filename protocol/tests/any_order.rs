@@ -36,7 +36,7 @@ fn batch_of(number: u8) -> Batch {
     let record = |name: u8| RowKey::new(&format!("trade:{name}"), "record").unwrap();
     let mut operations = match number % 8 {
         0 => vec![add(from, 100, None)],
-        1 | 2 | 3 if from != to => vec![add(from, -30, None), add(to, 30, None)],
+        1..=3 if from != to => vec![add(from, -30, None), add(to, 30, None)],
         4 => vec![add(from, -60, Some(-20)), add(to, 25, None), add(0, 35, None)],
         5 => vec![
             Operation { row: balance_row(from), kind: OperationKind::Require(Condition::AtLeast(50)) },

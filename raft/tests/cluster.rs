@@ -470,33 +470,3 @@ async fn a_directory_belongs_to_one_process_and_one_node() {
     let stranger = cluster.try_start(2).await.err().unwrap();
     assert!(matches!(stranger, HostError::Config(_)), "{stranger}");
 }
-
-/// Prints figures; run it alone, in release, with `--ignored --nocapture`.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement"]
-async fn measure_proposals() {
-    let cluster = Cluster::start_three(Limits::default()).await;
-    let leader = cluster.leader().await;
-    for clients in [1, 64, 1024] {
-        let begun = Instant::now();
-        let tasks: Vec<_> = (0..clients)
-            .map(|_| {
-                let group = cluster.group(leader).clone();
-                tokio::spawn(async move {
-                    let mut done = 0;
-                    while begun.elapsed() < Duration::from_secs(3) {
-                        group.propose(vec![7; 200]).await.unwrap();
-                        done += 1;
-                    }
-                    done
-                })
-            })
-            .collect();
-        let mut done: u64 = 0;
-        for task in tasks {
-            done += task.await.unwrap();
-        }
-        println!("{clients} clients: {:.0} proposals/s", done as f64 / begun.elapsed().as_secs_f64());
-    }
-    cluster.stop_all().await;
-}

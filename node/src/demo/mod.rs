@@ -43,6 +43,8 @@ const FIRST_KILL_PERCENT: usize = 20;
 const BEFORE_FIRST_KILL_PERCENT: usize = 40;
 const SECOND_KILL_PERCENT: usize = 60;
 const BEFORE_SECOND_KILL_PERCENT: usize = 80;
+/// So many percent of the batches settle between the opening of the gate and the blow.
+const FLOWING_PERCENT: usize = 2;
 /// How long a killed process stays away.
 const DOWN: Duration = Duration::from_secs(2);
 /// How long all parts may take to be finished, and all replicas to be equal.
@@ -233,15 +235,22 @@ async fn kill_leaders(
     let percent = |percent: usize| (count * percent / 100).max(1);
     let mut kills = Vec::new();
 
+    // While a leader is looked for, the tape may run out of batches: let them flow again before the blow.
+    let open = async |limit: usize| {
+        gate.send_replace(limit);
+        let flowing = progress.done() + percent(FLOWING_PERCENT) as u64;
+        wait_done(progress, usize::try_from(flowing).unwrap_or(usize::MAX).min(count)).await;
+    };
+
     gate.send_replace(percent(BEFORE_FIRST_KILL_PERCENT));
     wait_done(progress, percent(FIRST_KILL_PERCENT)).await;
     let (first, led) = cluster.leader_of(client, 0).await?;
-    gate.send_replace(percent(BEFORE_SECOND_KILL_PERCENT));
+    open(percent(BEFORE_SECOND_KILL_PERCENT)).await;
     kills.push(kill(client, cluster, progress, first, format!("it led {}", group_names(&led))).await?);
 
     wait_done(progress, percent(SECOND_KILL_PERCENT)).await;
     let (second, led) = shard_leader(client, cluster, first).await?;
-    gate.send_replace(usize::MAX);
+    open(usize::MAX).await;
     kills.push(kill(client, cluster, progress, second, format!("it led {}", group_names(&led))).await?);
     Ok(kills)
 }

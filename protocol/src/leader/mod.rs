@@ -75,6 +75,9 @@ impl LeaderConfig {
     }
 }
 
+/// Ends of batches that may wait to be recorded.
+const FINISHED_WAITING_MAX: usize = 1024;
+
 /// Names a caller who waits for a reply; given by the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Token(pub u64);
@@ -317,6 +320,10 @@ pub struct Leader {
     readings: BTreeMap<u64, Reading>,
     last_request: u64,
     resent_at: Millis,
+    /// Batches whose end is still to be recorded. Nobody waits for it, so it rides along with the next decisions, or with the next
+    /// tick.
+    finished: Vec<BatchId>,
+    ticked: bool,
 }
 
 impl Leader {
@@ -344,6 +351,8 @@ impl Leader {
             // Numbers of different epochs differ, so that a late answer never fits another leader's question.
             last_request: opened.epoch.0 << 40,
             resent_at: now,
+            finished: Vec::new(),
+            ticked: false,
         };
         let mut effects = Effects::default();
         for decision in opened.unfinished {
@@ -383,7 +392,7 @@ impl Leader {
             Event::Read { token, rows } => self.read(token, rows, effects),
             Event::History { token, row, from, limit } => self.history(token, row, from, limit, effects),
             Event::Confirmed { asked } => self.confirmed(asked, effects),
-            Event::FromShard { shard, message } => self.from_shard(shard, message, decisions, effects),
+            Event::FromShard { shard, message } => self.take_message(shard, message, decisions, effects),
             Event::ReadAnswered { shard, request, answer } => {
                 self.read_answered(shard, request, answer, decisions, effects);
             }
@@ -394,8 +403,12 @@ impl Leader {
         }
     }
 
-    /// Completes what goes out: the epoch, and the marks as they are now.
+    /// Completes what goes out: the epoch, what rides along, and the marks as they are now.
     pub fn seal(&mut self, effects: &mut Effects) {
+        if self.ticked || !effects.act.is_empty() || self.finished.len() >= FINISHED_WAITING_MAX {
+            effects.act.finished.append(&mut self.finished);
+            self.ticked = false;
+        }
         effects.act.epoch = self.epoch;
         for (shard, message) in &mut effects.to_shards {
             message.coordinator = self.config.group;
@@ -518,7 +531,7 @@ impl Leader {
         });
     }
 
-    fn from_shard(
+    fn take_message(
         &mut self,
         shard: ShardId,
         message: FromShard,
@@ -683,7 +696,7 @@ impl Leader {
         for shard in &shards {
             self.send_outcome(*shard, id, effects);
         }
-        self.end_if_done(id, effects);
+        self.end_if_done(id);
     }
 
     fn send_outcome(&self, shard: ShardId, id: BatchId, effects: &mut Effects) {
@@ -726,15 +739,15 @@ impl Leader {
         for tried in tries {
             view.outstanding.remove(&tried);
         }
-        self.end_if_done(id, effects);
+        self.end_if_done(id);
     }
 
-    fn end_if_done(&mut self, id: BatchId, effects: &mut Effects) {
+    fn end_if_done(&mut self, id: BatchId) {
         if let Some(Flight { stage: Stage::Telling { missing, decision }, .. }) = self.flights.get(&id)
             && missing.is_empty()
         {
             if !decision.shards.is_empty() {
-                effects.act.finished.push(id);
+                self.finished.push(id);
             }
             self.flights.remove(&id);
         }
@@ -784,6 +797,7 @@ impl Leader {
 
     fn tick(&mut self, now: Millis, effects: &mut Effects) {
         self.now = self.now.max(now);
+        self.ticked = true;
         self.end_deadlines(effects);
         self.retry(effects);
         self.lose_patience(effects);
