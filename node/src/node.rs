@@ -105,8 +105,10 @@ impl Node {
     /// Ends when the node has stopped by itself, with the reason: an error of its disk, or a defect.
     pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
         let told = |mut fatal: watch::Receiver<Option<String>>| async move {
-            match fatal.wait_for(Option::is_some).await {
-                Ok(message) => message.clone().unwrap_or_default(),
+            let message =
+                fatal.wait_for(Option::is_some).await.map(|message| message.clone().unwrap_or_default());
+            match message {
+                Ok(message) => message,
                 Err(_) => std::future::pending().await,
             }
         };
