@@ -6,9 +6,6 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use verdict_node::{ctl, demo, dev, node, settle};
 
-/// What is logged unless `VERDICT_LOG` says otherwise. openraft warns of every message that a dead peer doesn't take.
-const LOG_DEFAULT: &str = "warn,openraft=error";
-
 /// Settles batches of changes that touch several partitions: all of a batch or none of it, in isolation, exactly once.
 #[derive(Parser)]
 #[command(name = "verdict", version)]
@@ -37,7 +34,8 @@ enum Command {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_env("VERDICT_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
+    let filter = EnvFilter::try_from_env("VERDICT_LOG")
+        .unwrap_or_else(|_| EnvFilter::new(format!("warn,{}", verdict_raft::QUIET)));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

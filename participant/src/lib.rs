@@ -2,8 +2,8 @@
 //!
 //! The idea: a shard decides everything in its replicated state machine. So there is nothing to keep in memory here but what is on
 //! its way: messages into the shard's log, and answers back to the coordinators. Each shard has one task that takes everything
-//! that has arrived on all streams, makes it **one** entry, and proposes it without waiting for the one before ([`driver`]); and
-//! one that answers reads ([`reads`]), so that no read ever holds up a vote. Load makes entries larger, not queues longer; no
+//! that has arrived on all streams, makes it **one** entry, and proposes it without waiting for the one before (`driver.rs`); and
+//! one that answers reads (`reads.rs`), so that no read ever holds up a vote. Load makes entries larger, not queues longer; no
 //! timer delays a lone message.
 //!
 //! Invariants:

@@ -41,3 +41,6 @@ pub use api::*;
 pub use group::Group;
 pub use host::Host;
 pub use service::Service;
+
+/// A directive for the log's filter: the library below warns of every message that a dead peer doesn't take, many times a second.
+pub const QUIET: &str = "openraft=error";
