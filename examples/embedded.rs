@@ -56,7 +56,14 @@ impl Exchange {
     }
 
     /// Both sides change hands together with the trade's record, or nothing does.
-    async fn trade(&self, number: u64, buyer: &str, seller: &str, quantity: i128, price: i128) -> Result<Outcome> {
+    async fn trade(
+        &self,
+        number: u64,
+        buyer: &str,
+        seller: &str,
+        quantity: i128,
+        price: i128,
+    ) -> Result<Outcome> {
         let (buyer, seller) = (format!("user:{buyer}"), format!("user:{seller}"));
         let batch = BatchBuilder::new()
             .add(&buyer, "USDT", -price)

@@ -27,7 +27,7 @@ use super::{
 use crate::v1;
 
 /// The largest message that both ends of an `Exchange` stream should accept, in bytes: the one that splits stays below
-/// [`SPLIT_BYTES`] plus one prepare or one answer to a read.
+/// `SPLIT_BYTES` plus one prepare or one answer to a read.
 pub const EXCHANGE_MESSAGE_BYTES_MAX: usize = 64 << 20;
 
 /// The most items that one list of a participant's message holds.
