@@ -39,12 +39,22 @@ pub fn claim(operations: &[(u32, &OperationKind)]) -> Claim {
             delta,
             lowest: bounds.iter().map(|bound| bound.lowest).max().unwrap_or(i128::MIN),
             highest: bounds.iter().map(|bound| bound.highest).min().unwrap_or(i128::MAX),
+            has_floor: bounds.iter().any(|bound| !bound.range_is_floor),
+            has_ceiling: bounds.iter().any(|bound| !bound.range_is_ceiling),
             writes: true,
         };
     }
     let shared = requires == operations.len();
     let mode = if shared { Mode::Shared } else { Mode::Exclusive };
-    Claim { mode, delta: 0, lowest: i128::MIN, highest: i128::MAX, writes: !shared }
+    Claim {
+        mode,
+        delta: 0,
+        lowest: i128::MIN,
+        highest: i128::MAX,
+        has_floor: false,
+        has_ceiling: false,
+        writes: !shared,
+    }
 }
 
 /// Between what a balance must be, before the batch, for one of its deltas to fit.

@@ -48,10 +48,14 @@ pub struct Claim {
     pub mode: Mode,
     /// The sum of its deltas.
     pub delta: i128,
-    /// The balance without this part must be at least this, `None`: always short.
+    /// The balance without this part must be at least this.
     pub lowest: i128,
     /// The balance without this part must be at most this.
     pub highest: i128,
+    /// Whether somebody set the lower bound (a floor), and not just the range of the numbers.
+    pub has_floor: bool,
+    /// Whether somebody set the upper bound.
+    pub has_ceiling: bool,
     /// Whether an outcome changes the row.
     pub writes: bool,
 }
@@ -153,24 +157,18 @@ impl RowLock {
 
     /// Whether the claim's mode and its place in line permit it to be looked at now.
     pub fn admits(&self, ticket: Ticket, claim: &Claim) -> Answer {
-        let mut waits = false;
-        // All holders go with each other, so if one deltas' or conditions' holder fits, all do.
+        // All holders go with each other, so if one fits, all do.
         if self.holders.values().next().is_some_and(|first| !first.mode.goes_with(claim.mode)) {
-            if self.holders.keys().any(|holder| !is_before(*holder, ticket)) {
-                return Answer::Conflict;
-            }
-            waits = true;
+            let in_order = self.holders.keys().all(|holder| is_before(*holder, ticket));
+            return if in_order { Answer::Waits } else { Answer::Conflict };
         }
-        for (waiter, theirs) in &self.waiters {
-            if *waiter == ticket || may_pass(claim, theirs) {
-                continue;
-            }
-            if waiter.coordinator != ticket.coordinator {
-                return Answer::Conflict;
-            }
-            waits |= is_before(*waiter, ticket);
+        // Mostly the first one in line decides.
+        let mut before = self.waiters.range(..ticket);
+        match before.find(|(_, theirs)| !may_pass(claim, theirs)) {
+            None => Answer::Granted,
+            Some((waiter, _)) if is_before(*waiter, ticket) => Answer::Waits,
+            Some(_) => Answer::Conflict,
         }
-        if waits { Answer::Waits } else { Answer::Granted }
     }
 
     /// Whether the deltas fit, given the settled balance. Only for claims that are admitted.
@@ -232,11 +230,14 @@ impl RowLock {
 }
 
 /// Whether one that comes later may go ahead of one that waits.
+///
+/// A delta that waits, waits for the balance to move away from a bound. One that moves it there as well only helps; one that moves it
+/// towards the bound would starve it. The range of the numbers is no such bound: whoever asks for amounts of that size waits alone.
 fn may_pass(claim: &Claim, waiting: &Claim) -> bool {
     match (claim.mode, waiting.mode) {
-        // A delta that waits, waits for the balance to move its way. One of the other sign only helps; one of the same sign
-        // would starve it.
-        (Mode::Add, Mode::Add) => claim.delta == 0 || (claim.delta > 0) != (waiting.delta > 0),
+        (Mode::Add, Mode::Add) => {
+            (claim.delta >= 0 || !waiting.has_floor) && (claim.delta <= 0 || !waiting.has_ceiling)
+        }
         (Mode::Shared, Mode::Shared) => true,
         _ => false,
     }

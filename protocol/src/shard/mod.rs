@@ -298,10 +298,13 @@ impl Shard {
             let greeting = self.greet(store, coordinator, message.epoch)?;
             reply.to(coordinator).greeting = Some(greeting);
         }
+        let mut behind = Behind::default();
         for outcome in message.outcomes {
-            let done = self.finish(store, coordinator, outcome, reply)?;
+            let done = self.finish(store, coordinator, outcome, &mut behind, &mut reply.alarms)?;
             reply.to(coordinator).done.push(done);
         }
+        // Once for all outcomes of the message: a long line is looked at as a whole.
+        self.let_in(store, behind, reply)?;
         for prepare in message.prepares {
             let (id, number) = (prepare.id, prepare.number);
             let kind = self.prepare(store, now, coordinator, prepare, reply)?;
@@ -386,7 +389,9 @@ impl Shard {
                 return Ok(VoteKind::Finished);
             }
             // The coordinator has given up the earlier try; votes count only under one number.
-            self.remove(store, coordinator, prepare.id, reply)?;
+            let mut behind = Behind::default();
+            self.remove(store, coordinator, prepare.id, &mut behind)?;
+            self.let_in(store, behind, reply)?;
         }
         for given_up in prepare.gives_up {
             self.forget(store, coordinator, given_up)?;
@@ -425,7 +430,8 @@ impl Shard {
         store: &mut dyn Store,
         coordinator: GroupId,
         outcome: PartOutcome,
-        reply: &mut ShardReply,
+        behind: &mut Behind,
+        alarms: &mut Vec<String>,
     ) -> Result<Done, StoreError> {
         let PartOutcome { id, number, commit, gives_up } = outcome;
         let known = self.peers.entry(coordinator).or_default().is_finished(number);
@@ -442,13 +448,13 @@ impl Shard {
             (None, _) => {}
         }
         if lost {
-            reply.alarms.push(format!(
+            alarms.push(format!(
                 "batch {id} is committed under {number}, but this shard holds no YES under it and has not finished it"
             ));
             return Ok(Done { id, number, lost });
         }
         if ends {
-            self.remove(store, coordinator, id, reply)?;
+            self.remove(store, coordinator, id, behind)?;
         }
         for ended in gives_up.into_iter().chain([number]) {
             self.forget(store, coordinator, ended)?;
@@ -519,33 +525,45 @@ impl Shard {
         }
     }
 
-    /// Takes a part out, and lets in who waited for it.
+    /// Takes a part out, and collects who stands behind it.
     fn remove(
         &mut self,
         store: &mut dyn Store,
         coordinator: GroupId,
         id: BatchId,
-        reply: &mut ShardReply,
+        behind: &mut Behind,
     ) -> Result<(), StoreError> {
         let held = self.parts.remove(&(coordinator, id)).expect("only held parts are removed");
         let ticket = Ticket { number: held.number, coordinator };
         self.tickets.remove(&ticket);
+        behind.tickets.remove(&ticket);
         store.delete(&part_key(coordinator, id))?;
         self.forget(store, coordinator, held.number)?;
-        let mut candidates = BTreeSet::new();
-        self.leave_line(ticket, &held.operations, &mut candidates);
-        while let Some(candidate) = candidates.pop_first() {
-            self.reconsider(store, candidate, &mut candidates, reply)?;
+        self.leave_line(ticket, &held.operations, behind);
+        Ok(())
+    }
+
+    /// Looks again at parts that wait, in order, and at those behind the ones that no longer do.
+    fn let_in(
+        &mut self,
+        store: &mut dyn Store,
+        mut behind: Behind,
+        reply: &mut ShardReply,
+    ) -> Result<(), StoreError> {
+        while let Some(ticket) = behind.tickets.pop_first() {
+            self.reconsider(store, ticket, &mut behind, reply)?;
         }
         Ok(())
     }
 
     /// Takes a ticket out of the lines of its rows, and collects who stands behind it.
-    fn leave_line(&mut self, ticket: Ticket, operations: &Part, behind: &mut BTreeSet<Ticket>) {
+    fn leave_line(&mut self, ticket: Ticket, operations: &Part, behind: &mut Behind) {
         for (_, operation) in operations {
             let Some(lock) = self.locks.get_mut(&operation.row) else { continue };
             lock.remove(ticket);
-            behind.extend(lock.waiting());
+            if behind.rows.insert(operation.row.clone()) {
+                behind.tickets.extend(lock.waiting());
+            }
             if lock.is_free() {
                 self.locks.remove(&operation.row);
             }
@@ -557,36 +575,32 @@ impl Shard {
         &mut self,
         store: &mut dyn Store,
         ticket: Ticket,
-        candidates: &mut BTreeSet<Ticket>,
+        behind: &mut Behind,
         reply: &mut ShardReply,
     ) -> Result<(), StoreError> {
         let id = self.tickets[&ticket];
         let key = (ticket.coordinator, id);
-        let operations = self.parts[&key].operations.clone();
-        let rows = evaluate::by_row(&operations);
-        let verdict = self.judge(store, ticket, &rows)?;
-        let mut vote = |kind| {
-            let vote = Vote { id, number: ticket.number, kind };
-            reply.to(ticket.coordinator).votes.push(vote);
-        };
-        let stand = match verdict {
+        let rows = evaluate::by_row(&self.parts[&key].operations);
+        let stand = match self.judge(store, ticket, &rows)? {
             Verdict::Waits => return Ok(()),
-            Verdict::Yes => Stand::Yes,
-            Verdict::No(abort) => Stand::No(abort),
-            Verdict::Conflict => {
-                vote(VoteKind::Conflict);
-                self.parts.remove(&key);
-                self.tickets.remove(&ticket);
-                self.leave_line(ticket, &operations, candidates);
-                return store.delete(&part_key(ticket.coordinator, id));
-            }
+            Verdict::Yes => Some(Stand::Yes),
+            Verdict::No(abort) => Some(Stand::No(abort)),
+            Verdict::Conflict => None,
         };
-        self.leave_line(ticket, &operations, candidates);
-        self.stand_in_line(ticket, &rows, &stand);
-        let held = self.parts.get_mut(&key).expect("who waits is held");
+        let mut held = self.parts.remove(&key).expect("who waits is held");
+        self.leave_line(ticket, &held.operations, behind);
+        let number = ticket.number;
+        let Some(stand) = stand else {
+            reply.to(ticket.coordinator).votes.push(Vote { id, number, kind: VoteKind::Conflict });
+            self.tickets.remove(&ticket);
+            return store.delete(&part_key(ticket.coordinator, id));
+        };
+        self.stand_in_line(ticket, &evaluate::by_row(&held.operations), &stand);
         held.stand = stand;
-        vote(held.vote());
-        store.put(&part_key(ticket.coordinator, id), &encode(held))
+        reply.to(ticket.coordinator).votes.push(Vote { id, number, kind: held.vote() });
+        store.put(&part_key(ticket.coordinator, id), &encode(&held))?;
+        self.parts.insert(key, held);
+        Ok(())
     }
 
     /// Notes a number as finished: whatever comes with it is refused.
@@ -642,6 +656,14 @@ impl Shard {
         })?;
         failed.map_or(Ok(()), Err)
     }
+}
+
+/// Who is to be looked at again, and the rows whose lines have been taken in. Whoever leaves a line lets in only higher numbers, and
+/// they are looked at in ascending order, so taking in each line once is enough.
+#[derive(Default)]
+struct Behind {
+    rows: BTreeSet<RowKey>,
+    tickets: BTreeSet<Ticket>,
 }
 
 /// What becomes of a part.
