@@ -33,7 +33,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // The parser's own exit code for mistakes is 2, which `ctl` uses for batches that are undecided.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(ctl::ERROR) } else { ExitCode::SUCCESS };
+        }
+    };
     let filter = EnvFilter::try_from_env("VERDICT_LOG")
         .unwrap_or_else(|_| EnvFilter::new(format!("warn,{}", verdict_raft::QUIET)));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

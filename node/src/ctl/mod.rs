@@ -30,7 +30,7 @@ const ABORTED: u8 = 1;
 /// The exit code of a batch that is not decided.
 const UNDECIDED: u8 = 2;
 /// The exit code of an error.
-const ERROR: u8 = 3;
+pub const ERROR: u8 = 3;
 /// The largest batch file that is read, in bytes.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 
