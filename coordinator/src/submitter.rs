@@ -5,9 +5,10 @@
 //!
 //! Invariants:
 //! - "Nothing was proposed" (UNAVAILABLE, RESOURCE_EXHAUSTED) is said only if no try of the submission was ever given to a core, or
-//!   each that was has been refused by it. Otherwise the answer is UNKNOWN.
-//! - Of the submissions with one id one is under way at a time, so that an answer that comes by id can't go to another one, with
-//!   other contents.
+//!   each that was has been refused by it. Otherwise the answer is UNKNOWN. A submission that waits behind another one with its id
+//!   takes part in what became of that one's tries: a caller who gave up and tries again must not hear less than is known here.
+//! - Of the submissions with one id one is under way at a time, and all that wait have the same contents: others are refused at
+//!   the door.
 //! - Submissions that wait are bounded in number and bytes; more are refused at once.
 
 use std::{
@@ -185,6 +186,16 @@ impl Table {
         self.pending.insert(tag, pending);
     }
 
+    /// Whether a submission with this id waits here, with other contents.
+    fn is_known_otherwise(&self, id: BatchId, hash: ContentHash) -> bool {
+        self.first(id).is_some_and(|first| first.hash != hash)
+    }
+
+    /// The submission with this id that is under way, or will be next.
+    fn first(&self, id: BatchId) -> Option<&Pending> {
+        self.pending.get(self.by_id.get(&id)?.front()?)
+    }
+
     /// Removes a submission; the next one with its id may be tried.
     fn remove(&mut self, tag: u64) -> Option<Pending> {
         let pending = self.pending.remove(&tag)?;
@@ -197,7 +208,12 @@ impl Table {
                 None => {
                     self.by_id.remove(&pending.batch.id);
                 }
-                Some(next) if first => self.ready.push_back(*next),
+                Some(next) if first => {
+                    self.ready.push_back(*next);
+                    if let Some(next) = self.pending.get_mut(next) {
+                        next.maybe_proposed |= pending.maybe_proposed;
+                    }
+                }
                 Some(_) => {}
             }
         }
@@ -254,9 +270,12 @@ impl Table {
             && deadline <= now
         {
             self.deadlines.pop_first();
+            let Some(id) = self.pending.get(&tag).map(|pending| pending.batch.id) else { continue };
+            let handed_over = |pending: &Pending| pending.maybe_proposed || pending.under_way.is_some();
+            let first_was_handed_over = self.first(id).is_some_and(handed_over);
             let Some(pending) = self.pending.get_mut(&tag) else { continue };
             let caller = pending.caller.take();
-            let answer = if pending.maybe_proposed || pending.under_way.is_some() {
+            let answer = if first_was_handed_over || handed_over(pending) {
                 Ok(unknown(
                     pending.batch.id,
                     "not decided in time, as far as this node knows: ask again by id",
@@ -348,6 +367,11 @@ impl Submitter {
     /// The door.
     fn submit(&mut self, submission: Submission) {
         let table = &self.table;
+        let id = submission.batch.id;
+        if table.is_known_otherwise(id, submission.hash) {
+            let refusal = CallFailure::of_refusal(&Refusal::DifferentContents, Some(id));
+            return submission.caller.answer(Err(refusal));
+        }
         if table.pending.len() >= self.limits.submissions_max
             || table.bytes + submission.bytes > self.limits.bytes_max
         {
@@ -653,6 +677,41 @@ mod tests {
         assert_eq!(table.pending.len(), 1, "the one under way keeps its id until its try has ended");
         table.again(3, true);
         assert!(table.pending.is_empty());
+    }
+
+    #[tokio::test]
+    async fn who_waits_behind_a_try_that_was_handed_over_is_not_told_that_nothing_was() {
+        let now = Instant::now();
+        let later = now + Duration::from_secs(1);
+        let is_unknown = |mut answer: tokio::sync::oneshot::Receiver<Submitted>| {
+            matches!(answer.try_recv().unwrap().unwrap().result, Some(v1::outcome::Result::Undecided(_)))
+        };
+        let mut table = Table::default();
+        let (first, _first) = submission(1, later);
+        let (second, behind) = submission(1, now);
+        let (third, after_the_end) = submission(1, later);
+        table.add(first);
+        table.add(second);
+        table.add(third);
+        table.pending.get_mut(&1).unwrap().under_way = Some(Via::Local);
+        table.expire(now, &leaders());
+        assert!(is_unknown(behind));
+        table.again(1, true);
+        table.remove(1);
+        table.expire(later, &leaders());
+        assert!(is_unknown(after_the_end));
+        assert!(table.pending.is_empty() && table.by_id.is_empty());
+    }
+
+    #[test]
+    fn other_contents_do_not_wait_behind_the_first() {
+        let (first, _first) = submission(1, Instant::now());
+        let (id, hash) = (first.batch.id, first.hash);
+        let mut table = Table::default();
+        assert!(!table.is_known_otherwise(id, hash));
+        table.add(first);
+        assert!(!table.is_known_otherwise(id, hash));
+        assert!(table.is_known_otherwise(id, ContentHash([7; 32])));
     }
 
     #[test]

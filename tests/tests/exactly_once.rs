@@ -292,11 +292,17 @@ async fn an_id_aborted_unseen_is_answered_aborted_when_it_arrives_at_last() {
         abort_if_not_seen,
         wait_ms: 0,
     };
-    let answer = cluster.settlement(1).get_batch(ask(false)).await.expect("an answer").into_inner();
-    let Some(outcome::Result::Undecided(undecided)) = answer.outcome.and_then(|outcome| outcome.result) else {
-        panic!("decided unseen")
-    };
-    assert_eq!(undecided.state(), v1::UndecidedState::NotSeen);
+    // Only when all shards have answered can a leader know that there is no trace.
+    eventually("there is no trace of it", Duration::from_secs(5), || async {
+        let answer = cluster.settlement(1).get_batch(ask(false)).await.map_err(|status| status.to_string())?;
+        let result = answer.into_inner().outcome.and_then(|outcome| outcome.result);
+        let Some(outcome::Result::Undecided(undecided)) = result else { panic!("decided unseen: {result:?}") };
+        match undecided.state() {
+            v1::UndecidedState::NotSeen => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
 
     let answer = cluster.settlement(2).get_batch(ask(true)).await.expect("an answer").into_inner();
     let cancelled = answer.outcome.and_then(|outcome| outcome.result).expect("a result");
