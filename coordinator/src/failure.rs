@@ -12,6 +12,7 @@ use verdict_protocol::{
     batch::BatchError,
     ids::{BatchId, NodeId},
     leader::Refusal,
+    messages::READ_BYTES_MAX,
 };
 
 /// The domain of all error details.
@@ -103,6 +104,10 @@ impl CallFailure {
                 CallFailure::invalid("batch.id", problem.trim_start())
             }
             Refusal::Overloaded => CallFailure::overloaded("too much is in flight at the leader"),
+            Refusal::TooLarge => CallFailure::invalid(
+                "rows",
+                format!("hold more than {} MiB together: read fewer rows at a time", READ_BYTES_MAX >> 20),
+            ),
             Refusal::Unavailable { shards } => {
                 let shards: Vec<String> = shards.iter().map(ToString::to_string).collect();
                 let message = format!("these shards could not be reached in time: {}", shards.join(", "));

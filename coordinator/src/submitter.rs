@@ -576,6 +576,7 @@ pub(crate) fn refusal_of(refusal: &Refusal, id: BatchId) -> CallFailure {
         Refusal::DifferentContents
         | Refusal::TooOld { .. }
         | Refusal::Overloaded
+        | Refusal::TooLarge
         | Refusal::Unavailable { .. } => CallFailure::of_refusal(refusal, Some(id)),
     }
 }

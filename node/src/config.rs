@@ -14,8 +14,9 @@ use verdict_protocol::{
 };
 use verdict_raft::Timing;
 
-/// The most shards a cluster may have.
-const SHARDS_MAX: u32 = 1024;
+/// The most shards a cluster may have: a node keeps what each of its groups has acknowledged in one block of its disk, which has room for
+/// so many, and some.
+const SHARDS_MAX: u32 = 256;
 
 /// The configuration file of a node (TOML). docs/operations.md explains each setting.
 #[derive(Clone, Debug, Deserialize, Serialize)]

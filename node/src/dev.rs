@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use tokio::net::TcpListener;
 
@@ -35,7 +35,10 @@ pub async fn run(args: DevArgs) -> Result<ExitCode> {
         args.shards,
         args.data.display()
     );
-    serve_clients(cluster.node(), listener, interrupted()?).await?;
+    tokio::select! {
+        served = serve_clients(cluster.node(), listener, interrupted()?) => served?,
+        why = cluster.failed() => bail!("a node of this cluster has stopped: {why}"),
+    }
     println!("verdict dev: stopping");
     cluster.stop().await;
     Ok(ExitCode::SUCCESS)

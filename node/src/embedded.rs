@@ -69,6 +69,13 @@ impl Cluster {
         &self.nodes[0]
     }
 
+    /// Ends when one of the nodes has stopped by itself, with the reason. The others go on, but nothing may fail any more: a program
+    /// that embeds the cluster should end.
+    pub async fn failed(&self) -> String {
+        let nodes = self.nodes.iter().map(|node| Box::pin(node.failed()));
+        futures::future::select_all(nodes).await.0
+    }
+
     /// Stops all nodes cleanly.
     pub async fn stop(self) {
         for node in self.nodes {

@@ -112,10 +112,12 @@ impl Node {
                 Err(_) => std::future::pending().await,
             }
         };
-        let (host, coordinator) = (told(self.host.fatal()), told(self.coordinator.fatal()));
+        let host = told(self.host.fatal());
+        let (participant, coordinator) = (told(self.participant.fatal()), told(self.coordinator.fatal()));
         async move {
             tokio::select! {
                 message = host => message,
+                message = participant => message,
                 message = coordinator => message,
             }
         }

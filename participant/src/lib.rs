@@ -81,7 +81,7 @@ pub struct ParticipantConfig {
 /// Bounds on what a node keeps and queues for its shards.
 #[derive(Clone, Copy, Debug)]
 pub struct ParticipantLimits {
-    /// Parts that one shard may hold; more are refused. All replicas of a shard must have it equal.
+    /// Parts that one shard may hold; more are refused. The setting of the node that leads counts.
     pub parts_max: u32,
     /// Streams of coordinators that may be open; more are refused.
     pub streams_max: usize,
@@ -110,7 +110,7 @@ pub struct ParticipantLimits {
 impl Default for ParticipantLimits {
     fn default() -> ParticipantLimits {
         ParticipantLimits {
-            parts_max: 100_000,
+            parts_max: 200_000,
             streams_max: 64,
             messages_waiting_max: 1024,
             message_bytes_max: EXCHANGE_MESSAGE_BYTES_MAX,
@@ -157,6 +157,7 @@ struct Shared {
     tasks: Mutex<Vec<JoinHandle<()>>>,
     /// Warnings about what comes in.
     warnings: limiter::Limiter,
+    fatal: Arc<watch::Sender<Option<String>>>,
 }
 
 /// A shard with a replica here.
@@ -179,9 +180,9 @@ impl Participant {
         let streams = Arc::new(Streams::new(config.limits.streams_max, config.limits.outgoing_max));
         let stop = CancellationToken::new();
         let (mut shards, mut tasks) = (BTreeMap::new(), Vec::new());
+        let fatal = Arc::new(watch::Sender::new(None));
         for shard in config.shards.iter().copied() {
-            let machine =
-                ShardConfig { shard, placement: config.placement, parts_max: config.limits.parts_max };
+            let machine = ShardConfig { shard, placement: config.placement };
             let founders = voters.get(&shard).ok_or_else(|| {
                 stop.cancel();
                 StartError::Config(format!("shard {shard} has no voters"))
@@ -191,10 +192,10 @@ impl Participant {
                 stop.cancel();
                 StartError::Group { shard, error }
             })?;
-            shards.insert(shard, start_tasks(&config, shard, group, &streams, &stop, &mut tasks));
+            shards.insert(shard, start_tasks(&config, shard, group, &streams, &stop, &mut tasks, &fatal));
         }
         let (tasks, warnings) = (Mutex::new(tasks), limiter::Limiter::default());
-        Ok(Participant { shared: Arc::new(Shared { config, shards, streams, stop, tasks, warnings }) })
+        Ok(Participant { shared: Arc::new(Shared { config, shards, streams, stop, tasks, warnings, fatal }) })
     }
 
     /// The gRPC service for coordinators, to be added to the node's server.
@@ -244,6 +245,11 @@ impl Participant {
         self.shared.shards.get(&shard).map(|hosted| hosted.group.clone())
     }
 
+    /// Tells when a task of a shard has failed: then the replica may lead with nobody driving it, and the node must stop.
+    pub fn fatal(&self) -> watch::Receiver<Option<String>> {
+        self.shared.fatal.subscribe()
+    }
+
     /// Ends all streams and tasks. The groups are the host's, and stopped with it.
     pub async fn shutdown(&self) {
         self.shared.stop.cancel();
@@ -282,17 +288,36 @@ fn start_tasks(
     streams: &Arc<Streams>,
     stop: &CancellationToken,
     tasks: &mut Vec<JoinHandle<()>>,
+    fatal: &Arc<watch::Sender<Option<String>>>,
 ) -> Hosted {
     let limits = config.limits;
     let (messages, arrivals) = mpsc::channel(limits.messages_waiting_max);
     let (reads, read_arrivals) = mpsc::channel(limits.reads_waiting_max);
     let (applied_sender, applied) = watch::channel(0);
-    let driver = Driver::new(config.node, shard, limits, group.clone(), streams.clone(), applied_sender);
+    let driver = Driver::new(
+        config.node,
+        shard,
+        config.placement,
+        limits,
+        group.clone(),
+        streams.clone(),
+        applied_sender,
+    );
     let reader = Reads::new(config.node, shard, limits, group.clone(), applied);
     let (end_driver, end_reader) = (stop.clone(), stop.clone());
-    tasks.push(tokio::spawn(driver.run(arrivals, end_driver)));
-    tasks.push(tokio::spawn(reader.run(read_arrivals, end_reader)));
+    let (driver, reader) = (driver.run(arrivals, end_driver), reader.run(read_arrivals, end_reader));
+    tasks.push(tokio::spawn(watch_over(shard, tokio::spawn(driver), fatal.clone())));
+    tasks.push(tokio::spawn(watch_over(shard, tokio::spawn(reader), fatal.clone())));
     Hosted { group, messages, bytes: Arc::new(Semaphore::new(limits.message_bytes_max)), reads }
+}
+
+/// Says so if a task panics.
+async fn watch_over(shard: ShardId, task: JoinHandle<()>, fatal: Arc<watch::Sender<Option<String>>>) {
+    if let Err(error) = task.await {
+        let message = format!("a task of shard {shard} has failed: {error}");
+        tracing::error!(message, "this node must stop");
+        fatal.send_replace(Some(message));
+    }
 }
 
 /// This node's clock. Nothing depends on it but ages that are shown, and when a shard asks for a decision.

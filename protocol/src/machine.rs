@@ -71,15 +71,22 @@ pub fn apply<M: Machine>(
     Ok(reply)
 }
 
-/// Encodes a value in the format of all that is stored and replicated (postcard).
+/// The first byte of all that is stored and replicated by machines: the version of its format.
+const FORMAT: u8 = 1;
+
+/// Encodes a value in the format of all that is stored and replicated: a version byte, then postcard.
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    postcard::to_stdvec(value).expect("encoding into memory can't fail")
+    postcard::to_extend(value, vec![FORMAT]).expect("encoding into memory can't fail")
 }
 
 /// Decodes what [`encode`] made. `what` names the thing in the error.
 pub fn decode<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8]) -> Result<T, StoreError> {
-    postcard::from_bytes(bytes)
-        .map_err(|error| StoreError(format!("decode {what} ({} bytes): {error}", bytes.len())))
+    let failed = |why: String| StoreError(format!("decode {what} ({} bytes): {why}", bytes.len()));
+    match bytes.split_first() {
+        Some((&FORMAT, body)) => postcard::from_bytes(body).map_err(|error| failed(error.to_string())),
+        Some((version, _)) => Err(failed(format!("it has format {version}, this program knows {FORMAT}"))),
+        None => Err(failed("it is empty".to_owned())),
+    }
 }
 
 fn update_with_length(hasher: &mut blake3::Hasher, bytes: &[u8]) {

@@ -257,7 +257,12 @@ pub enum ShardReadAnswer {
         /// Where it goes on.
         next: Option<Stamp>,
     },
+    /// The answer has more than [`READ_BYTES_MAX`] bytes.
+    TooLarge,
 }
+
+/// The most that the contents of all rows, or of all changes, of one read may take, in bytes.
+pub const READ_BYTES_MAX: usize = 8 << 20;
 
 /// What a row holds at some position.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -278,6 +283,16 @@ pub enum RowValue {
     Balance(i128),
     /// Bytes.
     Record(Bytes),
+}
+
+impl RowValue {
+    /// What the contents take, about.
+    pub fn bytes(&self) -> usize {
+        match self {
+            RowValue::Absent | RowValue::Balance(_) => 16,
+            RowValue::Record(bytes) => 16 + bytes.len(),
+        }
+    }
 }
 
 /// What one batch did to one row.

@@ -8,7 +8,6 @@ use verdict_protocol::{
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
     machine::encode,
     messages::{Abort, AbortReason, Decision, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind},
-    shard::ShardEntry,
 };
 use world::{START, World};
 
@@ -41,7 +40,7 @@ fn outcome(letter: u8, number: Number, commit: Option<u64>) -> PartOutcome {
 }
 
 fn say(world: &mut World, message: ToShard) -> (FromShard, Vec<String>) {
-    let entry = ShardEntry { now: START, messages: vec![message] };
+    let entry = world.shard_entry(message);
     let reply = world.shards.get_mut(&ShardId(1)).unwrap().commit(encode(&entry));
     let answer = reply.messages.into_iter().next().map(|(_, message)| message).unwrap_or_default();
     (answer, reply.alarms)

@@ -234,6 +234,7 @@ fn shown(packet: &Packet) -> String {
             let values: Vec<String> = rows.iter().map(|row| value(&row.value)).collect();
             format!("from {shard}: values [{}]", values.join(", "))
         }
+        Packet::Answer(shard, _, ShardReadAnswer::TooLarge) => format!("from {shard}: too large"),
         Packet::Answer(shard, _, ShardReadAnswer::History { changes, .. }) => {
             format!("from {shard}: {} changes", changes.len())
         }

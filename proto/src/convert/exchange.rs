@@ -449,6 +449,7 @@ pub fn read_answer_to_wire(request: u64, answer: &ShardReadAnswer) -> v1::ReadAn
             next: next.unwrap_or_default().0,
             ..empty
         },
+        ShardReadAnswer::TooLarge => v1::ReadAnswer { too_large: true, ..empty },
     }
 }
 
@@ -469,10 +470,7 @@ pub fn read_answer_from_wire(answer: v1::ReadAnswer) -> Result<(u64, ShardReadAn
                 };
                 ShardReadAnswer::Rows(list("values", answer.values, value)?)
             }
-            [false, false, false] if answer.oldest != 0 => {
-                // No built-in participant drops versions yet, and the protocol has no word for it.
-                return Err(BatchError::new("oldest", "is set without values, which is not understood here"));
-            }
+            [false, false, false] if answer.too_large => ShardReadAnswer::TooLarge,
             [false, false, _] => ShardReadAnswer::History {
                 changes: list("changes", answer.changes, part_change_from_wire)?,
                 next: (answer.next != 0).then_some(Stamp(answer.next)),
@@ -591,6 +589,7 @@ mod tests {
             vec(at, 1..4).prop_map(ShardReadAnswer::Rows),
             (vec(any_change(), 0..3), next)
                 .prop_map(|(changes, next)| ShardReadAnswer::History { changes, next }),
+            Just(ShardReadAnswer::TooLarge),
         ]
     }
 

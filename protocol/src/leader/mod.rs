@@ -231,6 +231,8 @@ pub enum Refusal {
     },
     /// Too much is in flight.
     Overloaded,
+    /// What the rows hold is more than fits into one answer.
+    TooLarge,
     /// These shards could not be reached in time; nothing was sent to any.
     Unavailable {
         /// The shards.
@@ -256,6 +258,8 @@ struct Flight {
     listed: BTreeMap<ShardId, (Number, bool)>,
     /// Numbers of this epoch under which it was tried.
     tries: Vec<Number>,
+    /// Participants that have answered any of them.
+    answered: BTreeSet<ShardId>,
 }
 
 #[derive(Clone, Debug)]
@@ -482,6 +486,7 @@ impl Leader {
             stage: Stage::Parked(Pending { parts, deadline }),
             listed: BTreeMap::new(),
             tries: Vec::new(),
+            answered: BTreeSet::new(),
         };
         self.flights.insert(id, flight);
         self.start_if_greeted(id, effects);
@@ -565,6 +570,7 @@ impl Leader {
         }
         let Some(flight) = self.flights.get_mut(&id) else { return };
         let Stage::Preparing { number, votes, retry_at, pending } = &mut flight.stage else { return };
+        flight.answered.insert(shard);
         if vote.number != *number || !flight.shards.contains(&shard) {
             return;
         }
@@ -776,6 +782,10 @@ impl Leader {
             effects.replies.push((token, Reply::Decided(decision)));
         } else if id.time() <= self.horizon {
             effects.replies.push((token, Reply::Refused(Refusal::TooOld { horizon: self.horizon })));
+        } else if id.time().0 > self.now.0 + self.config.future_max_ms {
+            effects.replies.push((token, Reply::Refused(Refusal::FromTheFuture { now: self.now })));
+        } else if abort_if_not_seen && self.flights.len() >= self.config.batches_max {
+            effects.replies.push((token, Reply::Refused(Refusal::Overloaded)));
         } else if abort_if_not_seen {
             let flight = Flight {
                 hash: None,
@@ -784,6 +794,7 @@ impl Leader {
                 stage: Stage::Recovering { since: self.now, mixed: false },
                 listed: BTreeMap::new(),
                 tries: Vec::new(),
+                answered: BTreeSet::new(),
             };
             self.flights.insert(id, flight);
             self.decide_abort(id, Abort::because(AbortReason::Cancelled), effects);
@@ -830,8 +841,8 @@ impl Leader {
                     self.flights.remove(&id);
                     self.parked.remove(&id);
                 }
-                Stage::Preparing { votes, .. } => {
-                    let silent = flight.shards.iter().any(|shard| !votes.contains_key(shard));
+                Stage::Preparing { .. } => {
+                    let silent = flight.shards.iter().any(|shard| !flight.answered.contains(shard));
                     let reason =
                         if silent { AbortReason::ParticipantUnavailable } else { AbortReason::Contention };
                     self.decide_abort(id, Abort::because(reason), effects);

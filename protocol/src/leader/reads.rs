@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use crate::{
     batch::RowKey,
     ids::{BatchId, Millis, ShardId, Stamp},
-    messages::{RowAt, ShardQuery, ShardRead, ShardReadAnswer},
+    messages::{READ_BYTES_MAX, RowAt, ShardQuery, ShardRead, ShardReadAnswer},
 };
 
 use super::{Decisions, Effects, Flight, Leader, Refusal, Reply, Stage, Token};
@@ -161,6 +161,7 @@ impl Leader {
         let reading = self.readings.remove(&request).expect("was just found");
         let position = reading.position;
         let mut values: BTreeMap<ShardId, std::vec::IntoIter<RowAt>> = BTreeMap::new();
+        let (mut bytes, mut too_large) = (0, false);
         for (shard, answer) in reading.answers {
             match answer {
                 ShardReadAnswer::History { changes, next } => {
@@ -168,11 +169,17 @@ impl Leader {
                     effects.replies.push((reading.token, reply));
                     return;
                 }
+                ShardReadAnswer::TooLarge => too_large = true,
                 ShardReadAnswer::Rows(rows) => {
+                    bytes += rows.iter().map(|row| row.value.bytes()).sum::<usize>();
                     values.insert(shard, rows.into_iter());
                 }
                 ShardReadAnswer::InDoubt(_) => unreachable!("is never kept as an answer"),
             }
+        }
+        if too_large || bytes > READ_BYTES_MAX {
+            effects.replies.push((reading.token, Reply::Refused(Refusal::TooLarge)));
+            return;
         }
         let rows: Option<Vec<RowAt>> =
             reading.order.iter().map(|shard| values.get_mut(shard)?.next()).collect();

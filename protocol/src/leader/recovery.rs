@@ -4,7 +4,7 @@
 //! greeted shard did not list it will never vote YES for in an older epoch, and what all participants list as YES under one number
 //! can be committed: nothing that was ready to commit is lost with its leader.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     ids::{BatchId, Millis, Number, ShardId},
@@ -36,6 +36,7 @@ impl Leader {
             stage: Stage::Telling { decision, missing },
             listed: BTreeMap::new(),
             tries: Vec::new(),
+            answered: BTreeSet::new(),
         };
         self.flights.insert(id, flight);
     }
@@ -116,6 +117,7 @@ impl Leader {
                 stage: Stage::Recovering { since: now, mixed: false },
                 listed: BTreeMap::from([(shard, (number, vote == VoteKind::Yes))]),
                 tries: Vec::new(),
+                answered: BTreeSet::new(),
             };
             self.flights.insert(id, flight);
             return;

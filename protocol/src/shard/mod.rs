@@ -30,8 +30,8 @@ use crate::{
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, Number, ShardId, Stamp},
     machine::{Machine, decode, encode},
     messages::{
-        Done, FromShard, Greeting, HeldPart, PartOutcome, Prepare, RowValue, ShardQuery, ShardRead,
-        ShardReadAnswer, ToShard, Vote, VoteKind,
+        Done, FromShard, Greeting, HeldPart, PartOutcome, Prepare, READ_BYTES_MAX, RowValue, ShardQuery,
+        ShardRead, ShardReadAnswer, ToShard, Vote, VoteKind,
     },
     store::{Store, StoreError},
 };
@@ -48,15 +48,18 @@ pub struct ShardConfig {
     pub shard: ShardId,
     /// Where partitions live.
     pub placement: Placement,
-    /// How many parts may be held; more are refused (OVERLOADED), so that memory is bounded.
-    pub parts_max: u32,
 }
 
 /// One entry of a shard's log.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardEntry {
     /// The proposer's clock, to show ages by. Nothing depends on it.
     pub now: Millis,
+    /// Where partitions live, as the proposer is configured. The same for ever.
+    pub placement: Placement,
+    /// How many parts may be held; more are refused (OVERLOADED), so that memory is bounded. A setting of the proposer's, told with the
+    /// entry because applying it must not depend on any replica's own (rule R10).
+    pub parts_max: u32,
     /// What came in.
     pub messages: Vec<ToShard>,
 }
@@ -167,13 +170,7 @@ impl Machine for Shard {
 
     fn open(config: &ShardConfig, store: &dyn Store) -> Result<Shard, StoreError> {
         if let Some(bytes) = store.get(&[CONFIG_TABLE])? {
-            let stored: Placement = decode("placement", &bytes)?;
-            if stored != config.placement {
-                return Err(StoreError(format!(
-                    "this shard was set up as one of {} shards and is now configured as one of {}: the number can't change",
-                    stored.shards, config.placement.shards
-                )));
-            }
+            check_placement(decode("placement", &bytes)?, config.placement)?;
         }
         let mut shard = Shard {
             config: *config,
@@ -194,12 +191,14 @@ impl Machine for Shard {
         command: &[u8],
     ) -> Result<ShardReply, StoreError> {
         let entry: ShardEntry = decode("shard entry", command)?;
+        check_placement(entry.placement, self.config.placement)?;
         if store.get(&[CONFIG_TABLE])?.is_none() {
-            store.put(&[CONFIG_TABLE], &encode(&self.config.placement))?;
+            store.put(&[CONFIG_TABLE], &encode(&entry.placement))?;
         }
         let mut reply = ShardReply::default();
+        let proposed = Proposed { now: entry.now, parts_max: entry.parts_max as usize };
         for message in entry.messages {
-            self.take(store, entry.now, message, &mut reply)?;
+            self.take(store, proposed, message, &mut reply)?;
         }
         Ok(reply)
     }
@@ -273,10 +272,19 @@ impl Shard {
                 return Ok(Some(ShardReadAnswer::InDoubt(in_doubt.into_iter().collect())));
             }
         }
+        let mut bytes = 0;
         Ok(Some(match &read.query {
             ShardQuery::Rows(rows) => {
-                let values = rows.iter().map(|row| rows::at(store, row, read.position));
-                ShardReadAnswer::Rows(values.collect::<Result<_, _>>()?)
+                let mut values = Vec::with_capacity(rows.len());
+                for row in rows {
+                    let at = rows::at(store, row, read.position)?;
+                    bytes += at.value.bytes();
+                    if bytes > READ_BYTES_MAX {
+                        return Ok(Some(ShardReadAnswer::TooLarge));
+                    }
+                    values.push(at);
+                }
+                ShardReadAnswer::Rows(values)
             }
             ShardQuery::History { row, from, limit } => {
                 let (changes, next) = rows::history(store, row, *from, read.position, *limit)?;
@@ -288,7 +296,7 @@ impl Shard {
     fn take(
         &mut self,
         store: &mut dyn Store,
-        now: Millis,
+        proposed: Proposed,
         message: ToShard,
         reply: &mut ShardReply,
     ) -> Result<(), StoreError> {
@@ -307,7 +315,7 @@ impl Shard {
         self.let_in(store, behind, reply)?;
         for prepare in message.prepares {
             let (id, number) = (prepare.id, prepare.number);
-            let kind = self.prepare(store, now, coordinator, prepare, reply)?;
+            let kind = self.prepare(store, proposed, coordinator, prepare, reply)?;
             reply.to(coordinator).votes.push(Vote { id, number, kind });
         }
         Ok(())
@@ -365,7 +373,7 @@ impl Shard {
     fn prepare(
         &mut self,
         store: &mut dyn Store,
-        now: Millis,
+        proposed: Proposed,
         coordinator: GroupId,
         prepare: Prepare,
         reply: &mut ShardReply,
@@ -396,7 +404,7 @@ impl Shard {
         for given_up in prepare.gives_up {
             self.forget(store, coordinator, given_up)?;
         }
-        if self.parts.len() >= self.config.parts_max as usize {
+        if self.parts.len() >= proposed.parts_max {
             return Ok(VoteKind::Overloaded);
         }
         let held = Held {
@@ -405,7 +413,7 @@ impl Shard {
             shards: prepare.shards,
             operations: prepare.operations,
             stand: Stand::Waiting,
-            since: now,
+            since: proposed.now,
         };
         let rows = evaluate::by_row(&held.operations);
         let ticket = Ticket { number, coordinator };
@@ -656,6 +664,23 @@ impl Shard {
         })?;
         failed.map_or(Ok(()), Err)
     }
+}
+
+/// What the proposer of an entry told with it.
+#[derive(Clone, Copy)]
+struct Proposed {
+    now: Millis,
+    parts_max: usize,
+}
+
+fn check_placement(told: Placement, configured: Placement) -> Result<(), StoreError> {
+    if told == configured {
+        return Ok(());
+    }
+    Err(StoreError(format!(
+        "this shard was set up as one of {} shards and is now configured as one of {}: the number can't change",
+        told.shards, configured.shards
+    )))
 }
 
 /// Who is to be looked at again, and the rows whose lines have been taken in. Whoever leaves a line lets in only higher numbers, and

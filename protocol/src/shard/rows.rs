@@ -11,7 +11,7 @@ use crate::{
     batch::RowKey,
     ids::{BatchId, Stamp},
     machine::{decode, encode},
-    messages::{RowAt, RowChange, RowValue},
+    messages::{READ_BYTES_MAX, RowAt, RowChange, RowValue},
     store::{Store, StoreError},
 };
 
@@ -80,7 +80,7 @@ pub fn at(store: &dyn Store, row: &RowKey, position: Stamp) -> Result<RowAt, Sto
     }
 }
 
-/// The changes of a row with stamps in `from..=position`, at most `limit`, and where the list goes on.
+/// The changes of a row with stamps in `from..=position`, at most `limit` and about [`READ_BYTES_MAX`], and where the list goes on.
 pub fn history(
     store: &dyn Store,
     row: &RowKey,
@@ -91,15 +91,21 @@ pub fn history(
     let mut changes = Vec::new();
     let mut next = None;
     let mut failed = None;
+    let mut bytes = 0;
     let end = version_key(row, Stamp(position.0.saturating_add(1)));
-    store.scan(&version_key(row, from), &end, &mut |key, bytes| {
+    store.scan(&version_key(row, from), &end, &mut |key, value| {
         if changes.len() == limit {
             next = Some(stamp_of(key));
             return false;
         }
-        match decode::<Version>("version", bytes) {
+        match decode::<Version>("version", value) {
             Err(error) => failed = Some(error),
             Ok(Version { id, delta, result }) => {
+                bytes += result.bytes();
+                if bytes > READ_BYTES_MAX && !changes.is_empty() {
+                    next = Some(stamp_of(key));
+                    return false;
+                }
                 changes.push(RowChange { id, stamp: stamp_of(key), delta, result });
             }
         }

@@ -125,7 +125,6 @@ pub struct World {
     pub submitted: BTreeMap<BatchId, Batch>,
     pub tokens: BTreeMap<Token, BatchId>,
     next_token: u64,
-    parts_max: u32,
 }
 
 pub const START: Millis = Millis(1_700_000_000_000);
@@ -139,8 +138,7 @@ impl World {
         let placement = Placement { shards };
         let mut config = LeaderConfig::new(placement);
         change(&mut config);
-        let parts_max = 1000;
-        let group = |shard| (shard, Group::new(ShardConfig { shard, placement, parts_max }, replicas));
+        let group = |shard| (shard, Group::new(ShardConfig { shard, placement }, replicas));
         World {
             config,
             now: START,
@@ -154,13 +152,12 @@ impl World {
             submitted: BTreeMap::new(),
             tokens: BTreeMap::new(),
             next_token: 0,
-            parts_max,
         }
     }
 
     /// A shard comes back with nothing, which no promise covers: all its disks are lost.
     pub fn wipe(&mut self, shard: ShardId) {
-        let config = ShardConfig { shard, placement: self.config.placement, parts_max: self.parts_max };
+        let config = ShardConfig { shard, placement: self.config.placement };
         self.shards.insert(shard, Group::new(config, 2));
     }
 
@@ -246,7 +243,7 @@ impl World {
         }
         match packet {
             Packet::ToShard(shard, message) => {
-                let entry = ShardEntry { now: self.now, messages: vec![message] };
+                let entry = self.shard_entry(message);
                 let group = self.shards.get_mut(&shard).expect("packets name known shards");
                 let ShardReply { messages, alarms } = group.commit(machine::encode(&entry));
                 self.alarms.extend(alarms);
@@ -277,6 +274,12 @@ impl World {
                 }
             }
         }
+    }
+
+    /// A message as the entry that a shard's leader makes of it.
+    pub fn shard_entry(&self, message: ToShard) -> ShardEntry {
+        let placement = self.config.placement;
+        ShardEntry { now: self.now, placement, parts_max: 1000, messages: vec![message] }
     }
 
     pub fn submit(&mut self, batch: Batch) -> Option<Token> {
