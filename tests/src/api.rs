@@ -10,7 +10,8 @@ use tonic::{
 use tonic_types::StatusExt as _;
 use uuid::{NoContext, Timestamp, Uuid};
 use verdict_proto::v1::{
-    self, AbortReason, operation::Kind, outcome, require::Condition, settlement_client::SettlementClient, value,
+    self, AbortReason, operation::Kind, outcome, require::Condition, settlement_client::SettlementClient,
+    value,
 };
 
 /// The longest that anybody waits for one answer.

@@ -51,13 +51,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Settings {
-        Settings {
-            nodes: 3,
-            shards: 3,
-            lines: String::new(),
-            shard_replicas: String::new(),
-            traced: false,
-        }
+        Settings { nodes: 3, shards: 3, lines: String::new(), shard_replicas: String::new(), traced: false }
     }
 }
 

@@ -18,7 +18,10 @@ use tonic::transport::Channel;
 use verdict_proto::v1::{self, AbortReason, outcome, settlement_client::SettlementClient};
 
 use crate::{
-    api::{add, balance_of, batch, get_batch, may_be_tried_again, partition_on, read, row, settle, stamp_of, submit},
+    api::{
+        add, balance_of, batch, get_batch, may_be_tried_again, partition_on, read, row, settle, stamp_of,
+        submit,
+    },
     cluster::Cluster,
     random::Random,
 };

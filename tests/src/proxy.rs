@@ -54,7 +54,13 @@ impl Drop for Proxy {
     }
 }
 
-async fn relay(client: TcpStream, target: String, loses_one_of: u64, mut random: Random, lost: Arc<AtomicU64>) {
+async fn relay(
+    client: TcpStream,
+    target: String,
+    loses_one_of: u64,
+    mut random: Random,
+    lost: Arc<AtomicU64>,
+) {
     // A node that is down refuses; so the client's connection just ends.
     let Ok(server) = TcpStream::connect(target).await else { return };
     let (mut from_client, mut to_client) = client.into_split();

@@ -35,15 +35,15 @@ pub fn parse(trace: &str) -> Vec<Sync> {
             continue;
         };
         let Some(time) = micros(time) else { continue };
+        let succeeded =
+            line.split_once(')').is_some_and(|(_, result)| result.trim_start().starts_with("= 0 "));
         if line.ends_with("<unfinished ...>") {
             begun.insert(thread, time);
         } else if call == "<..." {
-            if let Some(start) = begun.remove(thread)
-                && line.contains(") = 0")
-            {
+            if let Some(start) = begun.remove(thread).filter(|_| succeeded) {
                 syncs.push(Sync { begun: start, ended: time.max(start + taken(line)) });
             }
-        } else if line.contains(") = 0") || line.contains(")     = 0") {
+        } else if succeeded {
             syncs.push(Sync { begun: time, ended: time + taken(line) });
         }
     }

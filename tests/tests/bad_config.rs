@@ -89,7 +89,11 @@ async fn a_second_process_on_a_folder_or_a_port_in_use_is_refused_and_the_first_
     assert!(said.contains("another process") || said.contains("in use"), "why? {said}");
 
     let taken = text.replacen("node = 1", "node = 2", 1);
-    let moved = taken.replacen(&format!("listen = {:?}", cluster.address(1)), &format!("listen = {:?}", free_address()), 1);
+    let moved = taken.replacen(
+        &format!("listen = {:?}", cluster.address(1)),
+        &format!("listen = {:?}", free_address()),
+        1,
+    );
     fs::write(&file, moved).expect("write");
     complaint(&file);
     for node in cluster.nodes() {

@@ -22,8 +22,8 @@ use verdict_proto::v1::{
 };
 use verdict_tests::{
     api::{
-        add, add_within, assert_aborted, balance, batch, commit, delete, field_of, get_batch, history, id_at, insert,
-        kind_of, new_id, put, read, require, row, settle, stamp_of, submit,
+        add, add_within, assert_aborted, balance, batch, commit, delete, field_of, get_batch, history, id_at,
+        insert, kind_of, new_id, put, read, require, row, settle, stamp_of, submit,
     },
     cluster::{Cluster, Settings},
     random::Random,
@@ -87,7 +87,10 @@ fn amounts() -> Vec<Case> {
         bad("", "empty"),
         bad("+1", "sign"),
     ];
-    cases.extend(["1.0", "1e3", "0x10", " 1", "1 ", "--1", "-", "NaN", "1_000", "½", "\u{0}"].map(|text| bad(text, "integer")));
+    cases.extend(
+        ["1.0", "1e3", "0x10", " 1", "1 ", "--1", "-", "NaN", "1_000", "½", "\u{0}"]
+            .map(|text| bad(text, "integer")),
+    );
     let within = |floor, ceiling, field| -> Case {
         let operations = vec![add(&bystander(), 1), add_within(&row("a", "USD"), "1", floor, ceiling)];
         ("a bound", batch(operations), field, "")
@@ -121,15 +124,28 @@ fn contents() -> Vec<Case> {
         ("too many operations", batch(many.collect()), "batch.operations", "1001"),
         ("too many bytes", with(vec![put(&note, &large)]), "batch.operations", "bytes"),
         ("two writes", with(vec![put(&note, "1"), put(&note, "2")]), "batch.operations[2]", "operations[1]"),
-        ("insert and delete", with(vec![insert(&note, "1"), delete(&note)]), "batch.operations[2]", "operations[1]"),
-        ("balance and record", with(vec![add(&money, 1), put(&money, "x")]), "batch.operations[2]", "operations[1]"),
+        (
+            "insert and delete",
+            with(vec![insert(&note, "1"), delete(&note)]),
+            "batch.operations[2]",
+            "operations[1]",
+        ),
+        (
+            "balance and record",
+            with(vec![add(&money, 1), put(&money, "x")]),
+            "batch.operations[2]",
+            "operations[1]",
+        ),
         ("creates money", unbalanced, "batch.zero_sum", "USD"),
         ("no kind", with(vec![kindless]), "batch.operations[1].kind", "missing"),
         ("no row", with(vec![rowless]), "batch.operations[1].row", "missing"),
         ("no condition", with(vec![demanding_nothing]), "batch.operations[1].require.condition", "missing"),
-        ("deltas that overflow together", with(vec![
-            add_within(&money, MAX, None, None), add(&money, 1),
-        ]), "batch.operations[2].add.delta", "overflow"),
+        (
+            "deltas that overflow together",
+            with(vec![add_within(&money, MAX, None, None), add(&money, 1)]),
+            "batch.operations[2].add.delta",
+            "overflow",
+        ),
     ]
 }
 
@@ -204,7 +220,8 @@ async fn amounts_beyond_the_number_range_are_aborted_never_wrapped() {
     let cluster = Cluster::start().await;
     let client = cluster.settlement(1);
     let partitions = cluster.partitions("edge");
-    let (high, low, other) = (row(&partitions[0], "USD"), row(&partitions[1], "USD"), row(&partitions[2], "USD"));
+    let (high, low, other) =
+        (row(&partitions[0], "USD"), row(&partitions[1], "USD"), row(&partitions[2], "USD"));
     let bottom = |delta: &str| add_within(&low, delta, Some(MIN), None);
     commit(&client, vec![add_within(&high, MAX, None, None), bottom(MIN)]).await;
     let overflow = AbortReason::Overflow;
@@ -273,7 +290,10 @@ async fn questions_that_make_no_sense_are_refused_by_field() {
     assert_field(client.read(ask(rows(1001))).await, "rows");
     assert_field(client.read(ask(vec![bystander(), row("a", "")])).await, "rows[1].name");
     assert_field(client.read(ask(vec![row(&"p".repeat(300), "x")])).await, "rows[0].partition");
-    assert_eq!(client.read(ask(rows(1000))).await.expect("1,000 are allowed").into_inner().values.len(), 1000);
+    assert_eq!(
+        client.read(ask(rows(1000))).await.expect("1,000 are allowed").into_inner().values.len(),
+        1000
+    );
 
     let ask = |row, limit| v1::HistoryRequest { row, from: 0, limit };
     assert_field(client.history(ask(None, 1)).await, "row");

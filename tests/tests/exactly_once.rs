@@ -10,8 +10,8 @@ use verdict_proto::v1::{
 };
 use verdict_tests::{
     api::{
-        add, balance_of, batch, get_batch, history, may_be_tried_again, new_id, partition_on, read, row, settle,
-        settle_at, settlement_at, stamp_of, submit,
+        add, balance_of, batch, get_batch, history, may_be_tried_again, new_id, partition_on, read, row,
+        settle, settle_at, settlement_at, stamp_of, submit,
     },
     cluster::{Cluster, Settings},
     proxy::Proxy,
@@ -87,13 +87,15 @@ async fn an_id_submitted_by_many_while_replies_are_lost_and_a_leader_dies_takes_
             moved += 1 << power;
         }
     }
-    println!("{committed} of {BATCHES} committed; replies lost: {:?}", proxies.iter().map(Proxy::lost).collect::<Vec<_>>());
+    println!(
+        "{committed} of {BATCHES} committed; replies lost: {:?}",
+        proxies.iter().map(Proxy::lost).collect::<Vec<_>>()
+    );
     assert!(committed > BATCHES / 2, "only {committed} committed: the test has not tested much");
     assert!(proxies.iter().map(Proxy::lost).sum::<u64>() > 20, "hardly a reply was lost");
 
     let rows = [source.clone(), sinks[0].clone(), sinks[1].clone()];
-    let held: Vec<i128> =
-        read(&cluster.settlement(1), &rows).await.values.iter().map(balance_of).collect();
+    let held: Vec<i128> = read(&cluster.settlement(1), &rows).await.values.iter().map(balance_of).collect();
     assert_eq!(held[0], funds - moved, "left at the source: {:#b}, moved: {moved:#b}", held[0]);
     assert_eq!(held[1] + held[2], moved, "what arrived is not what left");
     let (_, entries) = history(&cluster.settlement(2), &source).await;
@@ -135,13 +137,15 @@ async fn by_stream(addresses: Vec<String>, batch: v1::Batch, mut random: Random)
             while let Some(Ok(answer)) = answers.next().await {
                 assert_eq!(answer.batch_id, batch.id, "an answer about a batch that was not sent");
                 match answer.result.expect("an answer has a result") {
-                    StreamResult::Outcome(outcome) => match outcome.result.expect("an outcome has a result") {
-                        outcome::Result::Undecided(_) => {}
-                        definite => {
-                            let first = first.get_or_insert_with(|| definite.clone());
-                            assert_eq!(first, &definite, "two answers on one stream");
+                    StreamResult::Outcome(outcome) => {
+                        match outcome.result.expect("an outcome has a result") {
+                            outcome::Result::Undecided(_) => {}
+                            definite => {
+                                let first = first.get_or_insert_with(|| definite.clone());
+                                assert_eq!(first, &definite, "two answers on one stream");
+                            }
                         }
-                    },
+                    }
                     StreamResult::Error(error) => {
                         let status = tonic::Status::new(Code::from_i32(error.code), error.message);
                         assert!(may_be_tried_again(&status), "{status}");
@@ -287,16 +291,16 @@ async fn an_id_aborted_unseen_is_answered_aborted_when_it_arrives_at_last() {
     let account = row("late", "USD");
     let mut late = batch(vec![add(&account, 1)]);
     late.id = new_id();
-    let ask = |abort_if_not_seen| v1::GetBatchRequest {
-        batch_id: late.id.clone(),
-        abort_if_not_seen,
-        wait_ms: 0,
-    };
+    let ask =
+        |abort_if_not_seen| v1::GetBatchRequest { batch_id: late.id.clone(), abort_if_not_seen, wait_ms: 0 };
     // Only when all shards have answered can a leader know that there is no trace.
     eventually("there is no trace of it", Duration::from_secs(5), || async {
-        let answer = cluster.settlement(1).get_batch(ask(false)).await.map_err(|status| status.to_string())?;
+        let answer =
+            cluster.settlement(1).get_batch(ask(false)).await.map_err(|status| status.to_string())?;
         let result = answer.into_inner().outcome.and_then(|outcome| outcome.result);
-        let Some(outcome::Result::Undecided(undecided)) = result else { panic!("decided unseen: {result:?}") };
+        let Some(outcome::Result::Undecided(undecided)) = result else {
+            panic!("decided unseen: {result:?}")
+        };
         match undecided.state() {
             v1::UndecidedState::NotSeen => Ok(()),
             other => Err(format!("{other:?}")),

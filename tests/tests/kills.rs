@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use verdict_proto::v1::{self, AbortReason, outcome};
 use verdict_tests::{
     api::{
-        add, assert_aborted, balance_of, batch, get_batch, partition_on, read, row, settle, settlement_at, stamp_of,
+        add, assert_aborted, balance_of, batch, get_batch, partition_on, read, row, settle, settlement_at,
+        stamp_of,
     },
     cluster::{Cluster, Settings, replicas_of},
     ledger::Ledger,
@@ -131,7 +132,8 @@ async fn a_part_in_doubt_survives_the_death_of_all_and_is_then_resolved_without_
     let led = async || {
         eventually("the groups have leaders", Duration::from_secs(20), || async {
             let status = cluster.status().await?;
-            let missing = [0, 1].iter().find(|group| verdict_tests::cluster::leader_in(&status, **group).is_none());
+            let missing =
+                [0, 1].iter().find(|group| verdict_tests::cluster::leader_in(&status, **group).is_none());
             missing.map_or(Ok(()), |group| Err(format!("group {group} has no leader")))
         })
         .await
@@ -145,8 +147,7 @@ async fn a_part_in_doubt_survives_the_death_of_all_and_is_then_resolved_without_
     cluster.restart(4);
     cluster.wait_whole().await;
     cluster.wait_quiet(RESOLVED_WITHIN).await;
-    let held: Vec<i128> =
-        read(&cluster.settlement(4), &rows).await.values.iter().map(balance_of).collect();
+    let held: Vec<i128> = read(&cluster.settlement(4), &rows).await.values.iter().map(balance_of).collect();
     assert_eq!(held, [5, 5], "an aborted batch had an effect");
 }
 

@@ -43,23 +43,28 @@ async fn a_batch_short_of_funds_on_one_shard_leaves_nothing_on_any_other() {
         let payer = row(&format!("{}-payer", accounts[short].partition), "USD");
         let payer = rows(&cluster, &payer.partition, "USD").swap_remove(short);
         let funded = commit(&client, vec![add(&payer, 99)]).await;
-        let others: Vec<&v1::Row> = (0..3).filter(|other| *other != short).map(|other| &accounts[other]).collect();
+        let others: Vec<&v1::Row> =
+            (0..3).filter(|other| *other != short).map(|other| &accounts[other]).collect();
         let trade = row(&others[0].partition, "trade");
-        let broken = batch(vec![
-            add(others[0], 60),
-            insert(&trade, "a trade"),
-            add(&payer, -100),
-            add(others[1], 40),
-        ]);
+        let broken =
+            batch(vec![add(others[0], 60), insert(&trade, "a trade"), add(&payer, -100), add(others[1], 40)]);
         let outcome = settle(&client, &broken).await;
         assert_aborted(&outcome, AbortReason::ShortOfFunds, Some(2), Some(balance(99)));
         for node in cluster.nodes() {
-            assert_eq!(settle(&cluster.settlement(node), &broken).await, outcome, "asked again at node {node}");
+            assert_eq!(
+                settle(&cluster.settlement(node), &broken).await,
+                outcome,
+                "asked again at node {node}"
+            );
         }
         assert_untouched(&cluster, &[others[0].clone(), others[1].clone(), trade]).await;
         let held = read(&client, std::slice::from_ref(&payer)).await;
         assert_eq!((kind_of(&held.values[0]), held.values[0].version), (balance(99), funded));
-        assert_eq!(history(&client, &payer).await.1.len(), 1, "the payer's history shows more than the funding");
+        assert_eq!(
+            history(&client, &payer).await.1.len(),
+            1,
+            "the payer's history shows more than the funding"
+        );
     }
     // No lock either: nothing is held, and the same rows can be written at once.
     cluster.wait_quiet(SETTLED_WITHIN).await;
@@ -77,9 +82,8 @@ async fn conditions_on_one_shard_gate_effects_on_another() {
     let limit = row(&cluster.partitions(&limit)[0], "USD");
     let note = row(&cluster.partitions(&note)[1], "note");
     let effect = row(&cluster.partitions(&effect)[2], "USD");
-    let gate = async |condition: v1::Operation| {
-        settle(&client, &batch(vec![add(&effect, 1), condition])).await
-    };
+    let gate =
+        async |condition: v1::Operation| settle(&client, &batch(vec![add(&effect, 1), condition])).await;
     let not_met = AbortReason::ConditionNotMet;
     let absent = || Some(value::Kind::Absent(true));
 
@@ -132,8 +136,7 @@ async fn conditions_on_one_shard_gate_effects_on_another() {
 async fn rejections_tell_reason_operation_and_value_and_change_nothing() {
     let cluster = Cluster::start().await;
     let client = cluster.settlement(3);
-    let [trades, notes, money] =
-        ["trade", "note", "USD"].map(|name| rows(&cluster, "rejections", name));
+    let [trades, notes, money] = ["trade", "note", "USD"].map(|name| rows(&cluster, "rejections", name));
     commit(&client, vec![insert(&trades[0], "first"), put(&notes[1], "n"), add(&money[2], 10)]).await;
     let before = read(&client, &[trades[0].clone(), notes[1].clone(), money[2].clone()]).await.values;
 
@@ -166,8 +169,7 @@ async fn rejections_tell_reason_operation_and_value_and_change_nothing() {
     let (_, entries) = history(&client, &trades[0]).await;
     let changes: Vec<_> = entries.into_iter().filter_map(|entry| entry.change).collect();
     use v1::history_entry::Change;
-    let expected =
-        [Change::Value("first".into()), Change::Deleted(true), Change::Value("again".into())];
+    let expected = [Change::Value("first".into()), Change::Deleted(true), Change::Value("again".into())];
     assert_eq!(changes, expected);
     cluster.wait_quiet(SETTLED_WITHIN).await;
 }

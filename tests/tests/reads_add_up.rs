@@ -29,9 +29,10 @@ impl Readers {
     fn start(cluster: &Cluster, ledger: &Arc<Ledger>) -> Readers {
         let end = Arc::new(AtomicBool::new(false));
         let seen = Arc::new(AtomicU64::new(0));
-        let readers = cluster.settlements().into_iter().map(|client| {
-            tokio::spawn(read_until(client, ledger.clone(), end.clone(), seen.clone()))
-        });
+        let readers = cluster
+            .settlements()
+            .into_iter()
+            .map(|client| tokio::spawn(read_until(client, ledger.clone(), end.clone(), seen.clone())));
         Readers { tasks: readers.collect(), end }
     }
 
@@ -155,7 +156,9 @@ async fn history_agrees_with_the_values_read_at_a_position() {
     let funding = sides.values().filter(|sides| sides.len() == ledger.accounts().len()).count();
     assert_eq!(funding, 1, "one batch has funded all accounts");
     for (id, sides) in sides.iter().filter(|(_, sides)| sides.len() != ledger.accounts().len()) {
-        let [(stamp, delta), (other_stamp, other_delta)] = sides[..] else { panic!("{id} is half: {sides:?}") };
+        let [(stamp, delta), (other_stamp, other_delta)] = sides[..] else {
+            panic!("{id} is half: {sides:?}")
+        };
         assert_eq!((stamp, delta), (other_stamp, -other_delta), "the sides of {id} differ");
     }
     let one = add(&ledger.accounts()[0], 1);
