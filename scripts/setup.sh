@@ -2,7 +2,8 @@
 # Installs what a fresh Debian or Ubuntu with only a Rust toolchain lacks. Quick when nothing is missing; safe to repeat.
 #
 #   scripts/setup.sh          what building and running takes: g++ (for RocksDB), libclang (for its bindings), make
-#   scripts/setup.sh --test   also what the tests and checks take: rustfmt, clippy, Python with venv (for its example)
+#   scripts/setup.sh --test   also what the tests and checks take: rustfmt, clippy, Python with venv (for its example),
+#                             strace (to watch synced writes)
 #
 # It looks for the tools themselves, not for packages: that is quick, and right for tools from elsewhere too.
 set -euo pipefail
@@ -45,6 +46,9 @@ look() {
   has_libclang || missing+=(libclang-dev)
   if $with_tests && ! has_venv; then
     missing+=(python3-venv)
+  fi
+  if $with_tests && ! has strace; then
+    missing+=(strace)
   fi
 }
 

@@ -3,7 +3,7 @@
 //! The times are comparable between nodes of one machine, and with the clock of the test. strace stops a process before and after each
 //! call; so a call has not begun before its first time, and nothing that follows from it has happened before its second.
 
-use std::{collections::BTreeMap, process::Command, time::SystemTime};
+use std::{collections::BTreeMap, env, process::Command, time::SystemTime};
 
 /// One sync: from when to when, in microseconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -14,10 +14,16 @@ pub struct Sync {
     pub ended: u64,
 }
 
-/// Whether there is strace, and it may trace.
-pub fn can_trace() -> bool {
-    let traced = Command::new("strace").args(["-o", "/dev/null", "-e", "trace=fsync", "true"]).output();
-    traced.is_ok_and(|output| output.status.success())
+/// Whether strace is there and may trace; if not, what to do.
+pub fn can_trace() -> Result<(), &'static str> {
+    match Command::new("strace").args(["-o", "/dev/null", "-e", "trace=fsync", "true"]).output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(_) => Err("strace may not trace here (a container without CAP_SYS_PTRACE?)"),
+        Err(_) => {
+            assert!(env::var_os("CI").is_none(), "CI must have strace: run scripts/setup.sh --test");
+            Err("there is no strace here; scripts/setup.sh --test installs it (the Debian package is strace)")
+        }
+    }
 }
 
 /// The clock of the test, as strace shows it.

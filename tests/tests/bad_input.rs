@@ -16,6 +16,7 @@ use tonic::{
     codegen::http::uri::PathAndQuery,
     transport::Channel,
 };
+use tonic_types::StatusExt as _;
 use verdict_proto::v1::{
     self, AbortReason, require::Condition, settlement_client::SettlementClient,
     submit_stream_response::Result as StreamResult,
@@ -23,7 +24,7 @@ use verdict_proto::v1::{
 use verdict_tests::{
     api::{
         add, add_within, assert_aborted, balance, batch, commit, delete, field_of, get_batch, history, id_at,
-        insert, kind_of, new_id, put, read, require, row, settle, stamp_of, submit,
+        insert, kind_of, new_id, partition_on, put, read, require, row, settle, stamp_of, submit,
     },
     cluster::{Cluster, Settings},
     random::Random,
@@ -276,6 +277,58 @@ async fn an_id_older_than_the_horizon_is_refused_never_run_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn too_much_in_flight_is_refused_early_with_the_time_to_try_again() {
+    const MOST: usize = 3;
+    let settings = Settings {
+        nodes: 4,
+        shards: 2,
+        lines: format!("coordinators = [1, 2, 3]\nbatches_in_flight_max = {MOST}"),
+        shard_replicas: "1 = [1, 2, 3]\n2 = [4]".to_owned(),
+        ..Settings::default()
+    };
+    let mut cluster = Cluster::start_with(settings).await;
+    let rows = [partition_on(1, 2, "full"), partition_on(2, 2, "full")].map(|name| row(&name, "USD"));
+    commit(&cluster.settlement(1), vec![add(&rows[0], 100), add(&rows[1], 100)]).await;
+    cluster.wait_quiet(Duration::from_secs(5)).await;
+    // Shard 2 is down: what touches it stays in flight.
+    cluster.kill9(4);
+    let mut stuck = Vec::new();
+    for _ in 0..MOST {
+        let mut one = batch(vec![add(&rows[0], 1), add(&rows[1], 1)]);
+        one.timeout_ms = 60_000;
+        let client = cluster.settlement(2);
+        let id = one.id.clone();
+        stuck.push(tokio::spawn(async move { settle(&client, &one).await }));
+        eventually("it is in progress", Duration::from_secs(5), || async {
+            match get_batch(&mut cluster.settlement(1), &id, 0).await {
+                Ok(v1::outcome::Result::Undecided(undecided))
+                    if undecided.state() == v1::UndecidedState::InProgress =>
+                {
+                    Ok(())
+                }
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+    }
+    let one_more = batch(vec![add(&rows[0], 1)]);
+    for node in 1..=3 {
+        let status = submit(&mut cluster.settlement(node), &one_more).await.expect_err("one more was taken");
+        assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+        let advice = status.get_error_details().retry_info().and_then(|info| info.retry_delay);
+        assert!(advice.is_some_and(|delay| !delay.is_zero()), "when to try again? {status}");
+    }
+    cluster.restart(4);
+    for settled in stuck {
+        stamp_of(&settled.await.expect("a caller ends without a panic"));
+    }
+    stamp_of(&settle(&cluster.settlement(3), &one_more).await);
+    let held = read(&cluster.settlement(1), &rows).await;
+    assert_eq!(held.values.iter().map(kind_of).collect::<Vec<_>>(), [balance(104), balance(103)]);
+    cluster.wait_quiet(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn questions_that_make_no_sense_are_refused_by_field() {
     let cluster = Cluster::start().await;
     let (mut client, mut admin) = (cluster.settlement(2), cluster.admin(3));
@@ -384,7 +437,7 @@ async fn messages_that_are_no_messages_are_refused_and_unknown_fields_do_not_hid
     let channel = cluster.channel(1);
     let before = state(&cluster).await;
     for length in [1usize, 7, 100, 5000] {
-        let garbage: Vec<u8> = (0..length).map(|_| random.next() as u8 | 7).collect();
+        let garbage: Vec<u8> = (0..length).map(|_| random.number() as u8 | 7).collect();
         let status = call(&channel, SUBMIT, garbage).await.expect_err("garbage was taken");
         assert!(!matches!(status.code(), Code::Ok | Code::Unknown | Code::Unavailable), "{status}");
     }
@@ -429,7 +482,7 @@ async fn garbage_and_half_open_connections_hurt_nobody() {
 
     for round in 0..20 {
         let mut garbage = vec![0; 1 << 14];
-        garbage.fill_with(|| random.next() as u8);
+        garbage.fill_with(|| random.number() as u8);
         if round % 2 == 0 {
             // Behind a good beginning.
             garbage.splice(..0, *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
