@@ -5,7 +5,11 @@
 //!
 //! A call that another node forwarded is answered here or not at all, so no call goes in circles.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use prost::Message as _;
 use tokio::{sync::mpsc, time::Instant};
@@ -70,7 +74,12 @@ pub(crate) struct Gateway {
     pub(crate) submissions: mpsc::Sender<Submission>,
     /// The local replica and its driver.
     pub(crate) local: Option<Local>,
+    /// When a batch near a limit was last warned of.
+    pub(crate) warned: Mutex<Option<Instant>>,
 }
+
+/// How often batches near a limit are warned of.
+const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The coordinator's replica on this node.
 #[derive(Clone)]
@@ -157,8 +166,29 @@ impl Gateway {
         }
         let batch = batch_from_wire(batch)?;
         batch.check(&self.config.limits, self.config.placement)?;
+        if 2 * count > self.config.limits.operations_max || 2 * bytes > self.config.limits.bytes_max {
+            self.warn_of_size(&batch, bytes);
+        }
         let hash = batch.hash();
         Ok(Checked { batch, hash, bytes })
+    }
+
+    /// Says that batches come near a limit, before one is refused.
+    fn warn_of_size(&self, batch: &Batch, bytes: usize) {
+        let mut warned = self.warned.lock().expect("nothing panics while it holds this lock");
+        if warned.is_some_and(|at| at.elapsed() < WARN_INTERVAL) {
+            return;
+        }
+        *warned = Some(Instant::now());
+        let limits = self.config.limits;
+        tracing::warn!(
+            batch = %batch.id,
+            operations = batch.operations.len(),
+            bytes,
+            operations_max = limits.operations_max,
+            bytes_max = limits.bytes_max,
+            "a batch has used up more than half of a limit; larger ones will be refused"
+        );
     }
 
     /// The submission of a checked batch.

@@ -172,7 +172,13 @@ impl CoordinatorNode {
         let (submitter, submissions) = Submitter::new(config.node, limits, leaders.clone(), driver);
         let task = tokio::spawn(submitter.run(stop));
         running.push(tokio::spawn(watch_over("the submitter", task, fatal)));
-        let gateway = Gateway { config: gateway_config(&config), leaders, submissions, local: local_group };
+        let gateway = Gateway {
+            config: gateway_config(&config),
+            leaders,
+            submissions,
+            local: local_group,
+            warned: Default::default(),
+        };
         let gateway = Arc::new(gateway);
         Ok(CoordinatorNode {
             settlement: SettlementService { gateway: gateway.clone(), window: config.stream_window },
