@@ -60,6 +60,26 @@ impl Node {
             limits: Limits::default(),
         };
         let host = Arc::new(Host::open(host_config, connect.clone()).await.context("open the data folder")?);
+        let started = Node::start_on(config, host.clone(), connect, incoming).await;
+        if started.is_err() {
+            // A process that ends while the database is open may be aborted by it, instead of ending with the error.
+            host.shutdown().await;
+        }
+        started
+    }
+
+    /// Starts the roles on an open folder.
+    async fn start_on<I, S>(
+        config: &Config,
+        host: Arc<Host>,
+        connect: Arc<dyn Connect>,
+        incoming: S,
+    ) -> Result<Node>
+    where
+        I: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        S: Stream<Item = std::io::Result<I>> + Send + 'static,
+    {
+        let (node, nodes) = (NodeId(config.node), config.nodes()?);
         let participant_config = ParticipantConfig {
             node,
             placement: config.placement(),

@@ -1,13 +1,13 @@
 //! Any node takes any call, and brings it to whoever leads.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
 use verdict_proto::v1::{self, outcome, submit_stream_response::Result as StreamResult};
 use verdict_tests::{
-    api::{add, balance, batch, commit, get_batch, history, kind_of, read, row, settle, stamp_of, submit},
+    api::{add, balance, batch, commit, get_batch, history, kind_of, read, row, settle, stamp_of},
     cluster::{Cluster, Settings, leader_in, replicas_of},
     wait::eventually,
 };
@@ -109,37 +109,54 @@ async fn a_node_without_a_coordinator_or_without_any_replica_takes_any_call() {
     cluster.wait_quiet(Duration::from_secs(10)).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn without_a_majority_a_call_ends_in_time_and_claims_nothing() {
+/// Leaves node 1 alone; `leader` has led the coordinators before.
+async fn alone(leader: u64) -> (Cluster, v1::Row) {
     let mut cluster = Cluster::start().await;
     let account = row("quorum", "USD");
     commit(&cluster.settlement(1), vec![add(&account, 1)]).await;
+    cluster.move_leader(0, leader).await;
     cluster.kill9(2);
     cluster.kill9(3);
-    // Node 1 knows that it can't lead.
+    (cluster, account)
+}
+
+/// Submits with the caller's own time limit.
+async fn submit_within(
+    cluster: &Cluster,
+    batch: &v1::Batch,
+    limit: Duration,
+) -> Result<outcome::Result, tonic::Status> {
+    let mut request = Request::new(v1::SubmitRequest { batch: Some(batch.clone()) });
+    request.set_timeout(limit);
+    let answer = cluster.settlement(1).submit(request).await?.into_inner();
+    Ok(answer.outcome.and_then(|outcome| outcome.result).expect("an answer has an outcome"))
+}
+
+async fn assert_no_read(cluster: &Cluster, account: &v1::Row) {
+    let mut request = Request::new(v1::ReadRequest { rows: vec![account.clone()] });
+    request.set_timeout(Duration::from_secs(2));
+    let status = cluster.settlement(1).read(request).await.expect_err("there is no majority");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_leader_a_call_is_unavailable_and_nothing_was_proposed() {
+    let (mut cluster, account) = alone(2).await;
     eventually("nobody leads", Duration::from_secs(10), || async {
         let status = cluster.status().await?;
         leader_in(&status, 0).map_or(Ok(()), |leader| Err(format!("node {leader} leads")))
     })
     .await;
     let one = batch(vec![add(&account, 2)]);
-    let mut request = Request::new(v1::SubmitRequest { batch: Some(one.clone()) });
-    request.set_timeout(Duration::from_secs(2));
-    let status = cluster.settlement(1).submit(request).await.expect_err("there is no majority");
+    let status = submit_within(&cluster, &one, Duration::from_secs(2)).await.expect_err("nobody leads");
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     let details = status.get_error_details();
     assert!(details.error_info().is_some_and(|info| info.domain == "verdict"), "{details:?}");
-    assert!(
-        details.retry_info().is_some_and(|info| info.retry_delay.is_some()),
-        "when to try again? {details:?}"
-    );
-    let mut request = Request::new(v1::ReadRequest { rows: vec![account.clone()] });
-    request.set_timeout(Duration::from_secs(2));
-    let status = cluster.settlement(1).read(request).await.expect_err("there is no majority");
-    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(details.retry_info().is_some_and(|info| info.retry_delay.is_some()), "when again? {details:?}");
+    assert_no_read(&cluster, &account).await;
 
     cluster.restart(2);
-    // It was not proposed, so it may be submitted again; and it may not have happened by itself.
+    // It was not proposed, so it can't happen by itself, and may be submitted again.
     eventually("there is no trace of it", Duration::from_secs(20), || async {
         match get_batch(&mut cluster.settlement(1), &one.id, 0).await {
             Ok(outcome::Result::Undecided(undecided)) if undecided.state() == v1::UndecidedState::NotSeen => {
@@ -152,7 +169,33 @@ async fn without_a_majority_a_call_ends_in_time_and_claims_nothing() {
         }
     })
     .await;
-    let outcome = submit(&mut cluster.settlement(2), &one).await.expect("there is a majority again");
-    stamp_of(&outcome);
+    stamp_of(&settle(&cluster.settlement(2), &one).await);
     assert_eq!(kind_of(&read(&cluster.settlement(1), &[account]).await.values[0]), balance(3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_without_a_majority_claims_nothing_and_ends_calls_in_time() {
+    let (mut cluster, account) = alone(1).await;
+    let one = batch(vec![add(&account, 2)]);
+    let asked = Instant::now();
+    let answer = submit_within(&cluster, &one, Duration::from_secs(2)).await;
+    assert!(asked.elapsed() < Duration::from_secs(4), "it took {:?}", asked.elapsed());
+    let said_nothing_was_proposed = match answer {
+        Ok(outcome::Result::Undecided(_)) => false,
+        Ok(definite) => panic!("decided by one of three: {definite:?}"),
+        Err(status) => status.code() == Code::Unavailable,
+    };
+    assert_no_read(&cluster, &account).await;
+    cluster.restart(2);
+    if said_nothing_was_proposed {
+        let told = get_batch(&mut cluster.settlement(2), &one.id, 5000).await;
+        assert!(
+            !matches!(told, Ok(outcome::Result::Committed(_))),
+            "they said: nothing was proposed: {told:?}"
+        );
+    }
+    // Under the same id it takes effect once, or never.
+    let committed = matches!(settle(&cluster.settlement(2), &one).await, outcome::Result::Committed(_));
+    let held = read(&cluster.settlement(1), &[account]).await;
+    assert_eq!(kind_of(&held.values[0]), balance(if committed { 3 } else { 1 }));
 }
