@@ -47,7 +47,11 @@ async fn an_answer_comes_after_two_syncs_in_a_row_on_a_majority_of_disks() {
     let (nodes, _) = eventually("strace has written all down", Duration::from_secs(10), || async {
         let nodes: Vec<Vec<Sync>> = cluster.nodes().map(|node| parse(&cluster.trace(node))).collect();
         let late = nodes.iter().filter(|syncs| syncs.last().is_some_and(|sync| sync.ended + 500_000 > last));
-        if late.count() >= 2 { Ok(nodes) } else { Err("the last syncs are missing".to_owned()) }
+        if late.count() >= 2 {
+            Ok(nodes)
+        } else {
+            Err("there are no syncs as late as the last answer on two nodes".to_owned())
+        }
     })
     .await;
     for (number, (asked, answered)) in calls.iter().enumerate() {
