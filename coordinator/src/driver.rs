@@ -32,12 +32,11 @@ use verdict_protocol::{
     batch::{Batch, Placement, RowKey},
     coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply, Opened},
     ids::{BatchId, ContentHash, Epoch, NodeId, Stamp},
-    leader::{Decisions, Effects, Event, Leader, LeaderConfig, Reply, Token},
+    leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::encode,
-    messages::Decision,
     store::StoreError,
 };
-use verdict_raft::{Applied, Group, Leadership, ProposeError, ReadError};
+use verdict_raft::{Applied, Confirmed, Group, Leadership, ProposeError, ReadError};
 
 use crate::{
     caller::Caller,
@@ -234,7 +233,7 @@ type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// A confirmation of the leadership that is under way, and for whom.
 struct Barrier {
-    done: Boxed<Result<u64, ReadError>>,
+    done: Boxed<Result<Confirmed, ReadError>>,
     confirm: Option<u64>,
     queries: Vec<Event>,
 }
@@ -265,7 +264,7 @@ enum Woken {
     Requests,
     Peers,
     Acted(Acted),
-    Barrier(Result<u64, ReadError>),
+    Barrier(Result<Confirmed, ReadError>),
     /// The leadership has changed; false: the host has stopped.
     Leadership(bool),
     Tick,
@@ -402,9 +401,13 @@ impl Reign<'_> {
         }
     }
 
-    fn confirmed(&mut self, result: Result<u64, ReadError>) -> Result<(), End> {
+    fn confirmed(&mut self, result: Result<Confirmed, ReadError>) -> Result<(), End> {
         let barrier = self.barrier.take().expect("a barrier that is done was under way");
         match result {
+            // It leads, but not as the one that asked: there may have been another leader in between.
+            Ok(confirmed) if confirmed.term != self.term => {
+                Err(End::Lost(format!("leads in term {} now, not in {}", confirmed.term, self.term)))
+            }
             Ok(_) => {
                 if let Some(asked) = barrier.confirm {
                     self.step(Event::Confirmed { asked })?;
@@ -541,13 +544,13 @@ struct Lookup<'a> {
 }
 
 impl Decisions for Lookup<'_> {
-    fn decision(&self, id: BatchId) -> Option<Decision> {
-        match self.group.read(|machine, store| machine.decision(store, id)) {
-            Ok(decision) => decision,
+    fn remembered(&self, id: BatchId) -> Remembered {
+        match self.group.read(|machine, store| machine.remembered(store, id)) {
+            Ok(remembered) => remembered,
             Err(error) => {
                 // The step that asked is thrown away with its effects.
                 *self.failed.borrow_mut() = Some(error);
-                None
+                Remembered::Nothing
             }
         }
     }

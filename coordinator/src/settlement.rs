@@ -5,7 +5,7 @@ use std::{collections::HashMap, pin::Pin, sync::Arc};
 use futures::Stream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 use verdict_proto::{
     convert::outcome_to_wire,
     v1::{self, settlement_server::Settlement, submit_stream_response},
@@ -197,6 +197,7 @@ impl SubmitStream {
         let mut round = Vec::new();
         let mut reading = true;
         let mut ending = false;
+        let mut broken = None;
         loop {
             if self.in_flight.is_empty() && (!reading || ending) {
                 break;
@@ -225,13 +226,16 @@ impl SubmitStream {
                             // Too large a message, or garbage: no other can be found behind it. What is in flight is
                             // answered first.
                             tracing::debug!(%status, "a stream of batches broke");
+                            broken = Some(status);
                             reading = false;
                         }
                     }
                 }
             }
         }
-        if ending {
+        if let Some(status) = broken {
+            let _ = self.responses.send(Err(unreadable(&status))).await;
+        } else if ending {
             let _ = self.responses.send(Err(self.gateway.not_leader())).await;
         }
     }
@@ -263,5 +267,16 @@ impl SubmitStream {
     async fn respond(&self, batch_id: String, result: submit_stream_response::Result) -> bool {
         let response = v1::SubmitStreamResponse { batch_id, result: Some(result) };
         self.responses.send(Ok(response)).await.is_ok()
+    }
+}
+/// The end of a stream on which something came that is no request, or too large a one.
+fn unreadable(status: &Status) -> Status {
+    let message =
+        format!("what came next on this stream can't be read, so it ends here: {}", status.message());
+    match status.code() {
+        Code::OutOfRange | Code::ResourceExhausted | Code::Internal | Code::InvalidArgument => {
+            CallFailure::invalid("batch", message).status()
+        }
+        code => Status::new(code, message),
     }
 }

@@ -12,6 +12,12 @@ use verdict_protocol::{
 
 /// Whether the rows of a message live in the shard, and its deltas add up.
 pub fn check_message(placement: Placement, shard: ShardId, message: &ToShard) -> Result<(), Status> {
+    if !message.is_empty() && message.placement != placement {
+        return Err(Status::failed_precondition(format!(
+            "this node is configured for {} shards and the coordinator for {}: correct the configuration of one of them",
+            placement.shards, message.placement.shards
+        )));
+    }
     for prepare in &message.prepares {
         for (_, operation) in &prepare.operations {
             check_row(placement, shard, &operation.row)?;
@@ -87,7 +93,7 @@ mod tests {
             gives_up: vec![],
             operations: rows.iter().map(add).collect(),
         };
-        ToShard { prepares: vec![prepare], ..Default::default() }
+        ToShard { placement: Placement { shards: 4 }, prepares: vec![prepare], ..Default::default() }
     }
 
     #[test]
@@ -104,7 +110,9 @@ mod tests {
     #[test]
     fn deltas_that_would_stop_the_replicas_are_refused() {
         let placement = Placement { shards: 1 };
-        let check = |rows: &[(&str, i128)]| check_message(placement, ShardId(1), &message(rows));
+        let check = |rows: &[(&str, i128)]| {
+            check_message(placement, ShardId(1), &ToShard { placement, ..message(rows) })
+        };
         check(&[("a", i128::MAX), ("b", i128::MAX), ("c", i128::MIN)]).unwrap();
         check(&[("a", i128::MAX), ("a", -1)]).unwrap();
         assert_eq!(check(&[("a", i128::MAX), ("a", 1)]).unwrap_err().code(), Code::InvalidArgument);

@@ -15,7 +15,6 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use verdict_proto::convert::{from_shard_to_wire, not_leader_to_wire};
 use verdict_protocol::{
-    batch::Placement,
     ids::{Epoch, GroupId, Millis, NodeId, ShardId},
     machine::encode,
     messages::{FromShard, HeldPart, ToShard, VoteKind},
@@ -57,7 +56,6 @@ struct Proposed {
 pub struct Driver {
     node: NodeId,
     shard: ShardId,
-    placement: Placement,
     limits: ParticipantLimits,
     group: Group<Shard>,
     streams: Arc<Streams>,
@@ -75,7 +73,6 @@ impl Driver {
     pub fn new(
         node: NodeId,
         shard: ShardId,
-        placement: Placement,
         limits: ParticipantLimits,
         group: Group<Shard>,
         streams: Arc<Streams>,
@@ -83,7 +80,7 @@ impl Driver {
     ) -> Driver {
         let (current, warnings) = (BTreeMap::new(), Limiter::default());
         let told = Leadership::default();
-        Driver { node, shard, placement, limits, group, streams, current, told, applied, warnings }
+        Driver { node, shard, limits, group, streams, current, told, applied, warnings }
     }
 
     /// Runs until it is told to stop.
@@ -169,12 +166,7 @@ impl Driver {
             rooms.push(one.room);
             one.message
         });
-        let entry = ShardEntry {
-            now: now(),
-            placement: self.placement,
-            parts_max: self.limits.parts_max,
-            messages: merge(messages),
-        };
+        let entry = ShardEntry { now: now(), parts_max: self.limits.parts_max, messages: merge(messages) };
         let outcome = self.group.start_propose(encode(&entry));
         async move {
             let result = outcome.await;

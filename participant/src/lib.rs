@@ -294,15 +294,7 @@ fn start_tasks(
     let (messages, arrivals) = mpsc::channel(limits.messages_waiting_max);
     let (reads, read_arrivals) = mpsc::channel(limits.reads_waiting_max);
     let (applied_sender, applied) = watch::channel(0);
-    let driver = Driver::new(
-        config.node,
-        shard,
-        config.placement,
-        limits,
-        group.clone(),
-        streams.clone(),
-        applied_sender,
-    );
+    let driver = Driver::new(config.node, shard, limits, group.clone(), streams.clone(), applied_sender);
     let reader = Reads::new(config.node, shard, limits, group.clone(), applied);
     let (end_driver, end_reader) = (stop.clone(), stop.clone());
     let (driver, reader) = (driver.run(arrivals, end_driver), reader.run(read_arrivals, end_reader));

@@ -63,6 +63,7 @@ mod tests {
         };
         ToShard {
             coordinator: GroupId(0),
+            placement: verdict_protocol::batch::Placement { shards: 1 },
             epoch: Epoch(epoch),
             mark: number(mark),
             greet: false,

@@ -26,7 +26,7 @@ use verdict_protocol::{
     messages::{ShardRead, ShardReadAnswer},
     shard::Shard,
 };
-use verdict_raft::{Group, ReadError};
+use verdict_raft::{Confirmed, Group, ReadError};
 
 use crate::{ParticipantLimits, limiter::Limiter, streams::StreamHandle};
 
@@ -78,7 +78,7 @@ impl Reads {
     /// Runs until it is told to stop.
     pub async fn run(mut self, mut arrivals: mpsc::Receiver<ArrivedRead>, stop: CancellationToken) {
         let mut arrived = Vec::new();
-        let mut barrier: Option<BoxFuture<'static, Result<u64, ReadError>>> = None;
+        let mut barrier: Option<BoxFuture<'static, Result<Confirmed, ReadError>>> = None;
         let mut tick = tokio::time::interval(LOOK_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut driven = true;
@@ -112,7 +112,7 @@ impl Reads {
     }
 
     /// Answers reads for which the leadership was confirmed, or says that it wasn't.
-    fn serve(&mut self, reads: Vec<ArrivedRead>, confirmed: Result<u64, ReadError>) {
+    fn serve(&mut self, reads: Vec<ArrivedRead>, confirmed: Result<Confirmed, ReadError>) {
         let hint = match confirmed {
             Ok(_) => {
                 let now = Instant::now();

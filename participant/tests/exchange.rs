@@ -111,6 +111,8 @@ struct Stream {
     outgoing: mpsc::Sender<v1::CoordinatorMessage>,
     incoming: Streaming<v1::ParticipantMessage>,
     assembler: Assembler,
+    /// As the node is configured.
+    placement: Placement,
     /// What the shard has asked about by itself, whenever it did.
     asks: Vec<HeldPart>,
 }
@@ -120,7 +122,8 @@ impl Stream {
         let (outgoing, queued) = mpsc::channel(64);
         let mut client = ParticipantClient::new(network.channel(&address(node)).unwrap());
         let incoming = client.exchange(ReceiverStream::new(queued)).await.unwrap().into_inner();
-        Stream { outgoing, incoming, assembler: Assembler::default(), asks: vec![] }
+        let placement = Placement { shards: 1 };
+        Stream { outgoing, incoming, assembler: Assembler::default(), placement, asks: vec![] }
     }
 
     async fn say(&self, message: ToShard) {
@@ -128,6 +131,7 @@ impl Stream {
     }
 
     async fn say_to(&self, shard: ShardId, message: ToShard, reads: &[(u64, ShardRead)]) {
+        let message = ToShard { placement: self.placement, ..message };
         for piece in to_shard_to_wire(shard, &message, reads) {
             self.outgoing.send(piece).await.unwrap();
         }
@@ -371,6 +375,13 @@ async fn what_makes_no_sense_ends_the_stream() {
     let owner = Placement { shards: 4 }.shard_of("user:1");
     let other = ShardId(owner.0 % 4 + 1);
     let mut stream = Stream::open(&network, 1).await;
+    stream.say(ToShard { greet: true, epoch: Epoch(5), ..Default::default() }).await;
+    let status = stream.next().await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("configured for 4 shards and the coordinator for 1"), "{status}");
+
+    let mut stream = Stream::open(&network, 1).await;
+    stream.placement = Placement { shards: 4 };
     let message = ToShard { epoch: Epoch(5), prepares: vec![add(1, 1)], ..Default::default() };
     stream.say_to(other, message, &[]).await;
     let status = stream.next().await.unwrap_err();

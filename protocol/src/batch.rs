@@ -172,7 +172,7 @@ impl BatchError {
 }
 
 /// Which shard owns a partition. Fixed when a cluster is set up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
     /// How many shards there are: 1 to this number.
     pub shards: u32,

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     batch::Placement,
     ids::{BatchId, Epoch, Millis, NodeId, Number, Stamp},
+    leader::Remembered,
     machine::{Machine, decode, encode},
     messages::Decision,
     store::{Store, StoreError},
@@ -192,6 +193,16 @@ impl Coordinator {
     /// The decision of an id, if one is remembered. It never changes, so any replica may tell it.
     pub fn decision(&self, store: &dyn Store, id: BatchId) -> Result<Option<Decision>, StoreError> {
         Ok(load(store, id)?.map(|stored| stored.decision))
+    }
+
+    /// What is remembered of an id: its decision, or whether it is too old to be remembered.
+    pub fn remembered(&self, store: &dyn Store, id: BatchId) -> Result<Remembered, StoreError> {
+        let horizon = self.state.horizon;
+        Ok(match self.decision(store, id)? {
+            Some(decision) => Remembered::Decided(decision),
+            None if id.time() <= horizon => Remembered::Forgotten { horizon },
+            None => Remembered::Nothing,
+        })
     }
 
     /// The decisions from a position on, in the order of recording, and where the list goes on.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    batch::{Part, RowKey},
+    batch::{Part, Placement, RowKey},
     ids::{BatchId, ContentHash, Epoch, GroupId, Number, ShardId, Stamp},
 };
 
@@ -16,6 +16,8 @@ use crate::{
 pub struct ToShard {
     /// The coordinator group.
     pub coordinator: GroupId,
+    /// Where partitions live, as the sender is configured. A shard that knows otherwise takes nothing of it.
+    pub placement: Placement,
     /// The epoch of the sender.
     pub epoch: Epoch,
     /// All prepares up to this number are finished for this shard. True for ever, so an old one is harmless.

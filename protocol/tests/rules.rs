@@ -40,6 +40,7 @@ fn outcome(letter: u8, number: Number, commit: Option<u64>) -> PartOutcome {
 }
 
 fn say(world: &mut World, message: ToShard) -> (FromShard, Vec<String>) {
+    let message = ToShard { placement: world.config.placement, ..message };
     let entry = world.shard_entry(message);
     let reply = world.shards.get_mut(&ShardId(1)).unwrap().commit(encode(&entry));
     let answer = reply.messages.into_iter().next().map(|(_, message)| message).unwrap_or_default();
@@ -181,4 +182,51 @@ fn forgotten_ids_are_refused_and_unfinished_ones_are_not_forgotten() {
     );
     world.settle();
     assert_eq!(world.row(&row()).value, RowValue::Balance(2));
+}
+
+#[test]
+fn an_id_that_was_just_forgotten_is_refused_before_the_leader_hears_of_it() {
+    let mut world = World::with(1, 2, |config| config.retention_ms = 10_000);
+    world.elect();
+    world.settle();
+    let batch = verdict_protocol::batch::Batch {
+        id: id(1),
+        timeout_ms: 0,
+        operations: vec![Operation {
+            row: row(),
+            kind: OperationKind::Add { delta: 1, floor: None, ceiling: None },
+        }],
+        zero_sum: false,
+    };
+    world.submit(batch.clone());
+    world.settle();
+    world.tick(60_000);
+    // The horizon is in the log and applied; the leader has not been told yet.
+    let act = world.leaders[0].acts.remove(0);
+    assert!(act.horizon.is_some(), "the leader asks for a later horizon");
+    world.coordinator.commit(encode(&CoordinatorEntry::Act(act)));
+    assert!(world.decisions().is_empty(), "the decision is forgotten");
+    let token = world.submit(batch).unwrap();
+    assert!(
+        matches!(
+            world.reply(token),
+            Some(verdict_protocol::leader::Reply::Refused(verdict_protocol::leader::Refusal::TooOld { .. }))
+        ),
+        "G3: {:?}",
+        world.reply(token)
+    );
+}
+
+#[test]
+fn a_coordinator_that_speaks_of_another_number_of_shards_is_not_heard() {
+    let mut world = greeted(1);
+    let entry = world.shard_entry(ToShard {
+        placement: Placement { shards: 7 },
+        epoch: Epoch(9),
+        greet: true,
+        ..ToShard::default()
+    });
+    let reply = world.shards.get_mut(&ShardId(1)).unwrap().commit(encode(&entry));
+    assert_eq!((reply.messages.len(), reply.alarms.len()), (0, 1));
+    assert_eq!(world.shards[&ShardId(1)].leading().machine.epoch(GroupId(0)), Epoch(1));
 }

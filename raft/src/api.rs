@@ -108,6 +108,15 @@ impl Default for Limits {
     }
 }
 
+/// What a confirmed leadership says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Confirmed {
+    /// The replica has applied everything up to this index, which holds all that was committed when the confirmation was asked for.
+    pub index: u64,
+    /// The term in which this replica was confirmed to lead. Whoever keeps things in memory for one leadership compares it.
+    pub term: u64,
+}
+
 /// What an applied command answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Applied<R> {

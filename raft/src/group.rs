@@ -39,7 +39,7 @@ use verdict_protocol::{
 };
 
 use crate::{
-    api::{AdminError, Applied, GroupStatus, Leadership, ProposeError, ReadError, Role},
+    api::{AdminError, Applied, Confirmed, GroupStatus, Leadership, ProposeError, ReadError, Role},
     log::GroupLog,
     network::encode,
     node::{Endpoint, Node, stopping},
@@ -182,21 +182,23 @@ impl<M: Machine> Group<M> {
     }
 
     /// Confirms with a quorum, after the call began, that this replica leads, and waits until it has applied everything that
-    /// was committed then. Gives that index.
-    pub async fn read_barrier(&self) -> Result<u64, ReadError> {
+    /// was committed then.
+    pub async fn read_barrier(&self) -> Result<Confirmed, ReadError> {
         let patience = Duration::from_millis(self.shared.node.config.timing.read_timeout_ms);
         let late = |_| ReadError::Unavailable("no quorum confirmed the leadership in time".to_owned());
         timeout(patience, self.confirm()).await.unwrap_or_else(|error| Err(late(error)))
     }
 
-    async fn confirm(&self) -> Result<u64, ReadError> {
+    async fn confirm(&self) -> Result<Confirmed, ReadError> {
         let shared = &*self.shared;
         let linearizer = shared.raft.get_read_linearizer(ReadPolicy::ReadIndex).await.map_err(read_error)?;
-        let index = linearizer.read_log_id().index();
+        // A leader's first entry is of its own term, and it reads at that entry or a later one.
+        let (index, term) =
+            (linearizer.read_log_id().index(), **linearizer.read_log_id().committed_leader_id());
         let mut applied = shared.replica.applied();
         let stopped = |_| ReadError::Stopped("the host was shut down".to_owned());
         applied.wait_for(|applied| applied.is_some_and(|id| id.index >= index)).await.map_err(stopped)?;
-        Ok(index)
+        Ok(Confirmed { index, term })
     }
 
     /// Looks at the machine and its store between two applies. `look` must be quick: applying waits for it. After the host

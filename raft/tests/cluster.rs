@@ -189,7 +189,7 @@ impl Cluster {
         let index = loop {
             let leader = self.leader().await;
             match self.group(leader).read_barrier().await {
-                Ok(index) => break index,
+                Ok(confirmed) => break confirmed.index,
                 Err(error) => assert!(begun.elapsed() < PATIENCE, "{error}"),
             }
         };

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use prost::Message as _;
 use verdict_protocol::{
-    batch::BatchError,
+    batch::{BatchError, Placement},
     ids::{Epoch, GroupId, NodeId, Number, ShardId, Stamp},
     messages::{
         Abort, AbortReason, Done, FromShard, Greeting, HeldPart, PartOutcome, Prepare, RowAt, ShardQuery,
@@ -77,6 +77,7 @@ pub fn to_shard_to_wire(
         shard: shard.0,
         epoch: message.epoch.0,
         mark: Some(number_to_wire(message.mark)),
+        shards: message.placement.shards,
         ..Default::default()
     };
     let mut pieces = vec![v1::CoordinatorMessage { greet: message.greet, ..empty.clone() }];
@@ -111,6 +112,7 @@ pub fn to_shard_from_wire(message: v1::CoordinatorMessage) -> Result<ToldShard, 
         shard: ShardId(message.shard),
         message: ToShard {
             coordinator: GroupId(message.coordinator),
+            placement: Placement { shards: message.shards },
             epoch: Epoch(message.epoch),
             mark: mark.unwrap_or_default(),
             greet: message.greet,
@@ -603,7 +605,8 @@ mod tests {
             reads in vec(any_read(), 0..3),
         ) {
             let (coordinator, epoch) = (GroupId(coordinator), Epoch(epoch));
-            let message = ToShard { coordinator, epoch, mark, greet, outcomes, prepares };
+            let placement = Placement { shards: 4 };
+            let message = ToShard { coordinator, placement, epoch, mark, greet, outcomes, prepares };
             let pieces = to_shard_to_wire(ShardId(3), &message, &reads);
             if message.is_empty() && reads.is_empty() {
                 prop_assert!(pieces.is_empty());

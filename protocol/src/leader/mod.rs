@@ -233,17 +233,32 @@ pub enum Refusal {
     Overloaded,
     /// What the rows hold is more than fits into one answer.
     TooLarge,
-    /// These shards could not be reached in time; nothing was sent to any.
+    /// These shards could not be reached in time. For reads only: they decide nothing.
     Unavailable {
         /// The shards.
         shards: Vec<ShardId>,
     },
 }
 
-/// Looks up recorded decisions: all that were applied before the step.
+/// What the log remembers of an id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remembered {
+    /// Its decision.
+    Decided(Decision),
+    /// It is at or before the horizon: if there was a decision, it is forgotten.
+    Forgotten {
+        /// The horizon.
+        horizon: Millis,
+    },
+    /// There is no decision, and never was one.
+    Nothing,
+}
+
+/// Looks up what is recorded: all that was applied before the step. Decision and horizon are read at one moment: a horizon that this
+/// leader has not heard of yet may have removed a decision already.
 pub trait Decisions {
-    /// The decision of an id, if one is remembered.
-    fn decision(&self, id: BatchId) -> Option<Decision>;
+    /// What is remembered of an id.
+    fn remembered(&self, id: BatchId) -> Remembered;
 }
 
 /// A batch that the leader has to do with.
@@ -416,6 +431,7 @@ impl Leader {
         effects.act.epoch = self.epoch;
         for (shard, message) in &mut effects.to_shards {
             message.coordinator = self.config.group;
+            message.placement = self.config.placement;
             message.epoch = self.epoch;
             message.mark = self.mark(*shard);
         }
@@ -455,15 +471,16 @@ impl Leader {
             }
             return;
         }
-        if let Some(decision) = decisions.decision(id) {
-            if decision.hash.is_some_and(|known| known != hash) {
+        match decisions.remembered(id) {
+            Remembered::Decided(decision) if decision.hash.is_some_and(|known| known != hash) => {
                 return refuse(effects, Refusal::DifferentContents);
             }
-            effects.replies.push((token, Reply::Decided(decision)));
-            return;
-        }
-        if id.time() <= self.horizon {
-            return refuse(effects, Refusal::TooOld { horizon: self.horizon });
+            Remembered::Decided(decision) => {
+                effects.replies.push((token, Reply::Decided(decision)));
+                return;
+            }
+            Remembered::Forgotten { horizon } => return refuse(effects, Refusal::TooOld { horizon }),
+            Remembered::Nothing => {}
         }
         if id.time().0 > self.now.0 + self.config.future_max_ms {
             return refuse(effects, Refusal::FromTheFuture { now: self.now });
@@ -630,7 +647,11 @@ impl Leader {
         let number = match &flight.stage {
             Stage::Preparing { number, .. } => *number,
             Stage::Deciding { .. } | Stage::Telling { .. } => return,
-            Stage::Parked(_) | Stage::Recovering { .. } => flight
+            Stage::Parked(_) => {
+                self.last_sequence += 1;
+                Number { epoch: self.epoch, sequence: self.last_sequence }
+            }
+            Stage::Recovering { .. } => flight
                 .listed
                 .values()
                 .map(|(number, _)| *number)
@@ -778,11 +799,16 @@ impl Leader {
             }
             return;
         }
-        if let Some(decision) = decisions.decision(id) {
-            effects.replies.push((token, Reply::Decided(decision)));
-        } else if id.time() <= self.horizon {
-            effects.replies.push((token, Reply::Refused(Refusal::TooOld { horizon: self.horizon })));
-        } else if id.time().0 > self.now.0 + self.config.future_max_ms {
+        match decisions.remembered(id) {
+            Remembered::Decided(decision) => {
+                return effects.replies.push((token, Reply::Decided(decision)));
+            }
+            Remembered::Forgotten { horizon } => {
+                return effects.replies.push((token, Reply::Refused(Refusal::TooOld { horizon })));
+            }
+            Remembered::Nothing => {}
+        }
+        if id.time().0 > self.now.0 + self.config.future_max_ms {
             effects.replies.push((token, Reply::Refused(Refusal::FromTheFuture { now: self.now })));
         } else if abort_if_not_seen && self.flights.len() >= self.config.batches_max {
             effects.replies.push((token, Reply::Refused(Refusal::Overloaded)));
@@ -831,15 +857,11 @@ impl Leader {
             self.deadlines.pop_first();
             let Some(flight) = self.flights.get_mut(&id) else { continue };
             match &flight.stage {
+                // A shard that has not answered the greeting may hold a part of it, from an earlier epoch and with all votes in. So
+                // that nothing was sent now is no answer; a recorded abort is one.
                 Stage::Parked(_) => {
-                    let mut shards = flight.shards.clone();
-                    shards.retain(|shard| !self.shards[shard].greeted);
-                    for token in std::mem::take(&mut flight.waiters) {
-                        let refusal = Refusal::Unavailable { shards: shards.clone() };
-                        effects.replies.push((token, Reply::Refused(refusal)));
-                    }
-                    self.flights.remove(&id);
                     self.parked.remove(&id);
+                    self.decide_abort(id, Abort::because(AbortReason::ParticipantUnavailable), effects);
                 }
                 Stage::Preparing { .. } => {
                     let silent = flight.shards.iter().any(|shard| !flight.answered.contains(shard));

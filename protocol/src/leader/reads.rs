@@ -11,10 +11,10 @@ use std::collections::BTreeMap;
 use crate::{
     batch::RowKey,
     ids::{BatchId, Millis, ShardId, Stamp},
-    messages::{READ_BYTES_MAX, RowAt, ShardQuery, ShardRead, ShardReadAnswer},
+    messages::{Decision, READ_BYTES_MAX, RowAt, ShardQuery, ShardRead, ShardReadAnswer},
 };
 
-use super::{Decisions, Effects, Flight, Leader, Refusal, Reply, Stage, Token};
+use super::{Decisions, Effects, Flight, Leader, Refusal, Remembered, Reply, Stage, Token};
 
 /// A read that is under way.
 #[derive(Clone, Debug)]
@@ -147,8 +147,10 @@ impl Leader {
                 ..
             }) => false,
             None => {
-                let decision = decisions.decision(id);
-                decision.is_some_and(|decision| decision.result.is_ok_and(|stamp| stamp <= position))
+                matches!(
+                    decisions.remembered(id),
+                    Remembered::Decided(Decision { result: Ok(stamp), .. }) if stamp <= position
+                )
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::{
     messages::{Abort, AbortReason, Decision, Greeting, HeldPart, PartOutcome, VoteKind},
 };
 
-use super::{Decisions, Effects, Flight, Leader, Refusal, Reply, Stage};
+use super::{Decisions, Effects, Flight, Leader, Refusal, Remembered, Reply, Stage};
 
 impl Leader {
     pub(super) fn greet(&mut self, shard: ShardId, effects: &mut Effects) {
@@ -82,7 +82,7 @@ impl Leader {
         effects: &mut Effects,
     ) {
         let known = self.view(shard).outstanding.contains_key(&part.number);
-        let forgotten = part.id.time() <= self.horizon && decisions.decision(part.id).is_none();
+        let forgotten = matches!(decisions.remembered(part.id), Remembered::Forgotten { .. });
         if !known && !forgotten && self.view(shard).greeted {
             let id = part.id;
             self.adopt(shard, part, decisions, effects);
@@ -101,7 +101,8 @@ impl Leader {
         let now = self.now;
         self.view(shard).outstanding.insert(number, (id, Millis(0)));
         if !self.flights.contains_key(&id) {
-            if let Some(decision) = decisions.decision(id) {
+            // Forgotten it can't be: what is in doubt somewhere is unfinished, and the horizon stops before it.
+            if let Remembered::Decided(decision) = decisions.remembered(id) {
                 if decision.result.is_ok() && decision.hash == Some(hash) {
                     // The shard has confirmed it between the greeting and now; its own word ends it once more.
                     self.adopt_decision(decision, &[shard]);

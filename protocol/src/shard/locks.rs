@@ -173,10 +173,10 @@ impl RowLock {
 
     /// Whether the deltas fit, given the settled balance. Only for claims that are admitted.
     pub fn fits(&self, ticket: Ticket, claim: &Claim, settled: i128) -> Answer {
-        if self.best(ticket, settled) < claim.lowest {
+        if self.best(settled) < claim.lowest {
             return Answer::TooLow;
         }
-        if self.least(ticket, settled) > claim.highest {
+        if self.least(settled) > claim.highest {
             return Answer::TooHigh;
         }
         let outgoing = self.outgoing.checked_add(claim.outgoing());
@@ -202,20 +202,23 @@ impl RowLock {
         }
     }
 
-    /// The most that the balance can be for this number. What is numbered later also started later, so a rejection may precede
-    /// it: its incoming deltas don't help.
-    pub fn best(&self, ticket: Ticket, settled: i128) -> i128 {
-        settled.saturating_add(self.sums_before(ticket).1)
+    /// The most that the balance can be, as far as anything is undecided. All that was answered by now is settled or counted here, so a
+    /// rejection by it is true now.
+    pub fn best(&self, settled: i128) -> i128 {
+        settled.saturating_add(self.incoming)
     }
 
-    /// The least that the balance can be for this number.
-    pub fn least(&self, ticket: Ticket, settled: i128) -> i128 {
-        settled.saturating_add(self.sums_before(ticket).0)
+    /// The least that the balance can be.
+    pub fn least(&self, settled: i128) -> i128 {
+        settled.saturating_add(self.outgoing)
     }
 
-    /// Whether the answer still depends on a holder with a lower number.
+    /// Whether the answer is open because of holders with lower numbers: not if those with higher ones alone make it so.
     fn waits_for_lower(&self, ticket: Ticket, claim: &Claim, settled: i128) -> bool {
-        self.least(ticket, settled) < claim.lowest || self.best(ticket, settled) > claim.highest
+        let (outgoing, incoming) = self.sums_before(ticket);
+        let (least, best) = (settled.saturating_add(outgoing), settled.saturating_add(incoming));
+        let possible = best >= claim.lowest && least <= claim.highest;
+        possible && (least < claim.lowest || best > claim.highest)
     }
 
     fn sums_before(&self, ticket: Ticket) -> (i128, i128) {

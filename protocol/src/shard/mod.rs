@@ -55,8 +55,6 @@ pub struct ShardConfig {
 pub struct ShardEntry {
     /// The proposer's clock, to show ages by. Nothing depends on it.
     pub now: Millis,
-    /// Where partitions live, as the proposer is configured. The same for ever.
-    pub placement: Placement,
     /// How many parts may be held; more are refused (OVERLOADED), so that memory is bounded. A setting of the proposer's, told with the
     /// entry because applying it must not depend on any replica's own (rule R10).
     pub parts_max: u32,
@@ -191,10 +189,6 @@ impl Machine for Shard {
         command: &[u8],
     ) -> Result<ShardReply, StoreError> {
         let entry: ShardEntry = decode("shard entry", command)?;
-        check_placement(entry.placement, self.config.placement)?;
-        if store.get(&[CONFIG_TABLE])?.is_none() {
-            store.put(&[CONFIG_TABLE], &encode(&entry.placement))?;
-        }
         let mut reply = ShardReply::default();
         let proposed = Proposed { now: entry.now, parts_max: entry.parts_max as usize };
         for message in entry.messages {
@@ -301,6 +295,19 @@ impl Shard {
         reply: &mut ShardReply,
     ) -> Result<(), StoreError> {
         let coordinator = message.coordinator;
+        match store.get(&[CONFIG_TABLE])? {
+            None => store.put(&[CONFIG_TABLE], &encode(&message.placement))?,
+            Some(bytes) => {
+                let stored: Placement = decode("placement", &bytes)?;
+                if stored != message.placement {
+                    reply.alarms.push(format!(
+                        "coordinator {coordinator} speaks of {} shards, this shard is one of {}: nothing of it is taken",
+                        message.placement.shards, stored.shards
+                    ));
+                    return Ok(());
+                }
+            }
+        }
         self.raise_mark(store, coordinator, message.mark, reply)?;
         if message.greet {
             let greeting = self.greet(store, coordinator, message.epoch)?;
@@ -739,8 +746,8 @@ fn judge_row(
         Answer::Granted => Verdict::Yes,
         Answer::Waits => Verdict::Waits,
         Answer::Conflict => Verdict::Conflict,
-        Answer::TooLow => Verdict::No(evaluate::too_low(operations, lock.best(ticket, balance), balance)),
-        Answer::TooHigh => Verdict::No(evaluate::too_high(operations, lock.least(ticket, balance), balance)),
+        Answer::TooLow => Verdict::No(evaluate::too_low(operations, lock.best(balance), balance)),
+        Answer::TooHigh => Verdict::No(evaluate::too_high(operations, lock.least(balance), balance)),
     })
 }
 

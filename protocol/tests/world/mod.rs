@@ -8,9 +8,11 @@ use verdict_protocol::{
     batch::{Batch, Condition, OperationKind, Placement, RowKey},
     coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply},
     ids::{BatchId, GroupId, Millis, NodeId, ShardId, Stamp},
-    leader::{Decisions, Effects, Event, Leader, LeaderConfig, Reply, Token},
+    leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::{self, Machine},
-    messages::{Decision, FromShard, RowAt, RowValue, ShardQuery, ShardRead, ShardReadAnswer, ToShard},
+    messages::{
+        AbortReason, Decision, FromShard, RowAt, RowValue, ShardQuery, ShardRead, ShardReadAnswer, ToShard,
+    },
     shard::{Shard, ShardConfig, ShardEntry, ShardReply},
     store::MemoryStore,
 };
@@ -95,9 +97,9 @@ pub enum Packet {
 struct Lookup<'a>(&'a Group<Coordinator>);
 
 impl Decisions for Lookup<'_> {
-    fn decision(&self, id: BatchId) -> Option<Decision> {
+    fn remembered(&self, id: BatchId) -> Remembered {
         let replica = self.0.leading();
-        replica.machine.decision(&replica.store, id).expect("memory doesn't fail")
+        replica.machine.remembered(&replica.store, id).expect("memory doesn't fail")
     }
 }
 
@@ -123,6 +125,8 @@ pub struct World {
     pub replies: Vec<(Token, Reply)>,
     pub alarms: Vec<String>,
     pub submitted: BTreeMap<BatchId, Batch>,
+    /// The greatest stamp that was answered before the first submission of a batch.
+    submitted_after: BTreeMap<BatchId, Stamp>,
     pub tokens: BTreeMap<Token, BatchId>,
     next_token: u64,
 }
@@ -150,6 +154,7 @@ impl World {
             replies: Vec::new(),
             alarms: Vec::new(),
             submitted: BTreeMap::new(),
+            submitted_after: BTreeMap::new(),
             tokens: BTreeMap::new(),
             next_token: 0,
         }
@@ -278,8 +283,7 @@ impl World {
 
     /// A message as the entry that a shard's leader makes of it.
     pub fn shard_entry(&self, message: ToShard) -> ShardEntry {
-        let placement = self.config.placement;
-        ShardEntry { now: self.now, placement, parts_max: 1000, messages: vec![message] }
+        ShardEntry { now: self.now, parts_max: 1000, messages: vec![message] }
     }
 
     pub fn submit(&mut self, batch: Batch) -> Option<Token> {
@@ -287,6 +291,12 @@ impl World {
         self.next_token += 1;
         let token = Token(self.next_token);
         self.submitted.entry(batch.id).or_insert_with(|| batch.clone());
+        let answered = self.replies.iter().filter_map(|(_, reply)| match reply {
+            Reply::Decided(decision) => decision.result.as_ref().ok().copied(),
+            _ => None,
+        });
+        let answered = answered.max().unwrap_or_default();
+        self.submitted_after.entry(batch.id).or_insert(answered);
         self.tokens.insert(token, batch.id);
         let hash = batch.hash();
         self.step(place, Event::Submit { token, batch, hash });
@@ -420,6 +430,46 @@ impl World {
         let decisions = self.decisions();
         self.check_replies(&decisions);
         self.check_order(&decisions);
+        self.check_rejections(&decisions);
+    }
+
+    /// Promise G6 for rejections: each is true at some place in the order that lies between its submission and its decision.
+    fn check_rejections(&self, decisions: &[Decision]) {
+        for (place, decision) in decisions.iter().enumerate() {
+            let Err(abort) = &decision.result else { continue };
+            let (AbortReason::ShortOfFunds | AbortReason::ConditionNotMet | AbortReason::RowExists) =
+                abort.reason
+            else {
+                continue;
+            };
+            let from = self.submitted_after[&decision.id];
+            let mut committed: Vec<(Stamp, BatchId)> = decisions[..place]
+                .iter()
+                .filter_map(|other| Some((*other.result.as_ref().ok()?, other.id)))
+                .collect();
+            committed.sort_unstable();
+            let mut model: BTreeMap<RowKey, RowAt> = BTreeMap::new();
+            let fails = |model: &BTreeMap<RowKey, RowAt>| {
+                let mut model = model.clone();
+                self.submitted[&decision.id].operations.iter().any(|operation| {
+                    let row = model.entry(operation.row.clone()).or_default();
+                    run(row, Stamp(u64::MAX), &operation.kind).is_err()
+                })
+            };
+            let mut is_true = from == Stamp(0) && fails(&model);
+            for (stamp, id) in committed {
+                for operation in &self.submitted[&id].operations {
+                    let row = model.entry(operation.row.clone()).or_default();
+                    run(row, stamp, &operation.kind).expect("was checked before");
+                }
+                is_true |= stamp >= from && fails(&model);
+            }
+            assert!(
+                is_true,
+                "batch {} was rejected by {abort:?}, which was never so since it came",
+                decision.id
+            );
+        }
     }
 
     /// Promise G6: whatever was answered is what stands.
