@@ -31,6 +31,8 @@ const PORTS: std::ops::Range<u16> = 20_000..30_000;
 const WHOLE_WITHIN: Duration = Duration::from_secs(30);
 /// How long a process may take to end by itself.
 const END_WITHIN: Duration = Duration::from_secs(15);
+/// What strace looks at.
+const SYNCS: &str = "trace=fsync,fdatasync,sync_file_range";
 /// So much of a log is shown when a test fails.
 const LOG_TAIL_BYTES: u64 = 4000;
 
@@ -209,19 +211,23 @@ impl Cluster {
 
     /// Starts a process on whatever its folder holds.
     pub fn restart(&mut self, node: u64) {
+        let command = match &self.process(node).trace {
+            None => Command::new(program()),
+            Some(trace) => traced(&["-ttt", "-T", "-A", "-e", SYNCS, "-o"], trace),
+        };
+        self.spawn(node, command);
+    }
+
+    /// Starts a process on whatever its folder holds, with a disk that takes so much longer for each sync.
+    pub fn restart_with_slow_syncs(&mut self, node: u64, delay: Duration) {
+        let delay = format!("inject=fsync,fdatasync,sync_file_range:delay_enter={}", delay.as_micros());
+        self.spawn(node, traced(&["-e", SYNCS, "-e", &delay, "-o"], Path::new("/dev/null")));
+    }
+
+    fn spawn(&mut self, node: u64, mut command: Command) {
         let process = self.process_mut(node);
         assert!(process.child.is_none(), "node {node} runs already");
         let log = OpenOptions::new().create(true).append(true).open(&process.log).expect("open a log");
-        let mut command = match &process.trace {
-            None => Command::new(program()),
-            Some(trace) => {
-                let mut command = Command::new("strace");
-                // -D: the process started here is the node, and strace follows it from aside.
-                command.args(["-D", "-f", "-ttt", "-T", "-A"]);
-                command.args(["-e", "trace=fsync,fdatasync,sync_file_range", "-o"]).arg(trace).arg(program());
-                command
-            }
-        };
         command.arg("node").arg("--config").arg(&process.config).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("use the log twice")).stderr(log);
         process.child = Some(command.spawn().expect("start a node"));
@@ -387,6 +393,14 @@ impl Drop for Cluster {
             eprintln!("{}", self.log_tails());
         }
     }
+}
+
+/// The program, followed by strace.
+fn traced(flags: &[&str], output: &Path) -> Command {
+    let mut command = Command::new("strace");
+    // -D: the process started here is the node, and strace follows it from aside.
+    command.args(["-D", "-f"]).args(flags).arg(output).arg(program());
+    command
 }
 
 /// All replicas of a group that could be asked, with their nodes.

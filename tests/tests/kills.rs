@@ -11,6 +11,7 @@ use verdict_tests::{
     cluster::{Cluster, Settings, replicas_of},
     ledger::Ledger,
     random::Random,
+    syncs::can_trace,
     wait::eventually,
 };
 
@@ -171,6 +172,35 @@ async fn a_vote_survives_the_death_of_all_and_then_counts() {
         let held = read(&cluster.settlement(node), &rows).await;
         assert_eq!(held.values.iter().map(balance_of).collect::<Vec<_>>(), [6, 7]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_own_disk_lags_behind_the_majority_comes_back_after_its_kill() {
+    if let Err(why) = can_trace() {
+        eprintln!("SKIPPED: {why}");
+        return;
+    }
+    let mut random = Random::announced();
+    let mut cluster = Cluster::start().await;
+    let ledger = Ledger::open(&cluster, "slow", 2).await;
+    cluster.kill9(1);
+    cluster.restart_with_slow_syncs(1, Duration::from_millis(150));
+    cluster.wait_whole().await;
+    for group in 0..=cluster.shards() {
+        cluster.move_leader(group, 1).await;
+    }
+    // The other two are a majority without node 1: what it leads is committed, and applied there, before its own log has it.
+    let load = ledger.load(&cluster, 8, &mut random);
+    load.settle_more(&ledger, 40).await;
+    cluster.kill9(1);
+    load.settle_more(&ledger, 40).await;
+    cluster.restart(1);
+    cluster.wait_whole().await;
+    load.settle_more(&ledger, 40).await;
+    load.end().await;
+    let audit = ledger.audit(&cluster).await;
+    assert_eq!(audit.aborted_otherwise(), 0, "{audit:?}");
+    cluster.wait_quiet(RESOLVED_WITHIN).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
