@@ -1,6 +1,6 @@
 //! The `verdict` program: flags, tracing and signals; all else is in the library.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -43,7 +43,8 @@ fn main() -> ExitCode {
     };
     let filter = EnvFilter::try_from_env("VERDICT_LOG")
         .unwrap_or_else(|_| EnvFilter::new(format!("warn,{}", verdict_raft::QUIET)));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

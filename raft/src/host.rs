@@ -19,7 +19,7 @@ use verdict_protocol::{
 use crate::{
     acknowledged::{Acknowledged, Mark},
     api::{HostConfig, HostError},
-    disk::{Disk, Identity, damaged, host_error, snapshot_directory},
+    disk::{Disk, Identity, host_error, snapshot_directory},
     fatal::Fatal,
     group::Group,
     log::{GroupLog, LogStore},
@@ -119,18 +119,12 @@ impl Host {
         let recovering = tokio::task::spawn_blocking(move || {
             let limits = &node.config.limits;
             let snapshots = Snapshots::open(&snapshot_directory(&node.config.directory), group)?;
-            let snapshot = snapshots.current().and_then(|(meta, _)| meta.last_log_id);
             let log = GroupLog::open(disk.clone(), group, limits.tail_bytes, acknowledged)?;
             let fatal = node.fatal.clone();
             let replica = Replica::open(disk, group, machine, snapshots, limits.state_cache_bytes, fatal)?;
-            let applied = *replica.applied().borrow();
-            // The log is written before it is applied. It may be behind only if a snapshot was being installed.
-            if log.last() < applied && snapshot < applied {
-                let (last, applied) = (log.last(), applied);
-                return Err(damaged(&format!(
-                    "the log of group {group} ends at {last:?}, but {applied:?} was applied"
-                )));
-            }
+            // The log may end before what was applied: a leader applies what a majority of the others has on disk, before its own disk
+            // has it, and a snapshot is installed before the log is cut. Raft's library then goes on behind what was applied.
+            // What this node had acknowledged is another matter: that is checked by `GroupLog::open`.
             Ok((log, replica))
         });
         let recovered = recovering.await.map_err(|error| HostError::Storage(error.to_string()))?;

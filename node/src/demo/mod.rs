@@ -239,7 +239,8 @@ async fn kill_leaders(
     let open = async |limit: usize| {
         gate.send_replace(limit);
         let flowing = progress.done() + percent(FLOWING_PERCENT) as u64;
-        wait_done(progress, usize::try_from(flowing).unwrap_or(usize::MAX).min(count)).await;
+        // On a tiny tape the gate may already be as far open as it gets.
+        wait_done(progress, usize::try_from(flowing).unwrap_or(usize::MAX).min(count).min(limit)).await;
     };
 
     gate.send_replace(percent(BEFORE_FIRST_KILL_PERCENT));
