@@ -1,7 +1,7 @@
 //! A trading service with Verdict inside it: a durable three-node cluster in this process, no socket to the outside.
 //!
 //! ```text
-//! cargo run --release --example embedded
+//! scripts/rocksdb.sh cargo run --locked --release -p verdict --example embedded
 //! ```
 //!
 //! Run it twice: the folder `embedded-data` keeps what was settled, and the same trade is not settled again.
@@ -22,7 +22,7 @@ async fn main() -> Result<()> {
     let cluster = Cluster::start(Path::new(&folder), SHARDS).await?;
     let service = Exchange { client: cluster.client()? };
 
-    service.deposit("alice", "USDT", 1_000).await?;
+    service.deposit("alice", "USDT", 2_000).await?;
     service.deposit("bob", "BTC", 5).await?;
     let first = service.trade(1, "alice", "bob", 2, 800).await?;
     println!("alice buys 2 BTC of bob for 800 USDT: {first:?}");

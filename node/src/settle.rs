@@ -637,13 +637,16 @@ pub async fn run(args: SettleArgs) -> anyhow::Result<ExitCode> {
         println!("funded       {} users, {} were funded before", funding.committed, funding.already_settled);
         println!("{report}");
         print!("{}", totals_table(&before, &after));
-        println!("{}", verdict_line(settled, kept, &report));
+        println!("{}", verdict_line(settled, kept, &report, funding.committed > 0));
     }
     Ok(if settled && kept { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn verdict_line(settled: bool, kept: bool, report: &SettleReport) -> String {
+fn verdict_line(settled: bool, kept: bool, report: &SettleReport, funded: bool) -> String {
     match (settled, kept) {
+        (true, true) if report.committed == 0 && funded => {
+            "every trade has a record of an earlier run, with its own users and fees; this run funded users and settled nothing".into()
+        }
         (true, true) if report.committed == 0 => "every trade was settled before: nothing has changed".into(),
         (true, true) => "every trade is settled, and no unit was made or lost".into(),
         (false, true) => "NOT every trade is settled; no unit was made or lost".into(),
