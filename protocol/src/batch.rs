@@ -77,7 +77,7 @@ impl std::fmt::Debug for RowKey {
 }
 
 /// One change or one condition on one row.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Operation {
     /// The row.
     pub row: RowKey,
@@ -86,7 +86,7 @@ pub struct Operation {
 }
 
 /// What an operation does.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum OperationKind {
     /// Changes a balance.
     Add {
@@ -108,7 +108,7 @@ pub enum OperationKind {
 }
 
 /// What a `Require` demands.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Condition {
     /// The row exists, or doesn't.
     Exists(bool),
@@ -125,7 +125,7 @@ pub enum Condition {
 }
 
 /// What a client submits.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Batch {
     /// Its id.
     pub id: BatchId,
@@ -172,7 +172,7 @@ impl BatchError {
 }
 
 /// Which shard owns a partition. Fixed when a cluster is set up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Placement {
     /// How many shards there are: 1 to this number.
     pub shards: u32,

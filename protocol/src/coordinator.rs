@@ -45,7 +45,7 @@ pub enum CoordinatorEntry {
 }
 
 /// What the leader of an epoch records in one entry.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Act {
     /// The epoch in which it was proposed.
     pub epoch: Epoch,
@@ -70,7 +70,7 @@ impl Act {
 }
 
 /// What applying an entry answers to its proposer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CoordinatorReply {
     /// The epoch is open: all that its leader starts from.
     Opened(Opened),
@@ -96,7 +96,7 @@ pub enum CoordinatorReply {
 }
 
 /// What a new leader starts from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Opened {
     /// The epoch.
     pub epoch: Epoch,
@@ -130,7 +130,7 @@ pub struct Listed {
 }
 
 /// What is kept in one row.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct State {
     placement: Option<Placement>,
     epoch: Epoch,
@@ -144,7 +144,7 @@ struct State {
 }
 
 /// The state machine of the coordinator group.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Coordinator {
     state: State,
 }

@@ -15,5 +15,7 @@ pub mod ids;
 pub mod leader;
 pub mod machine;
 pub mod messages;
+pub mod plain;
 pub mod shard;
+pub mod show;
 pub mod store;

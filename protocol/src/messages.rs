@@ -12,7 +12,7 @@ use crate::{
 
 /// From a coordinator's leader to one shard. Becomes a part of one entry of the shard's log, so all of it is applied or none; it
 /// is applied in the order of the fields.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ToShard {
     /// The coordinator group.
     pub coordinator: GroupId,
@@ -38,7 +38,7 @@ impl ToShard {
 }
 
 /// Asks for a vote.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Prepare {
     /// Its number.
     pub number: Number,
@@ -55,7 +55,7 @@ pub struct Prepare {
 }
 
 /// Tells a decision.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PartOutcome {
     /// The batch.
     pub id: BatchId,
@@ -68,7 +68,7 @@ pub struct PartOutcome {
 }
 
 /// From a shard to a coordinator's leader. Sent after what it tells is applied, hence replicated.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FromShard {
     /// The answer to a greeting.
     pub greeting: Option<Greeting>,
@@ -88,7 +88,7 @@ impl FromShard {
 }
 
 /// The promise of rule R11: nothing of an epoch older than this takes away what is listed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Greeting {
     /// The epoch that is recorded; newer than the one that greeted if that has been deposed.
     pub epoch: Epoch,
@@ -97,7 +97,7 @@ pub struct Greeting {
 }
 
 /// What a shard holds of one batch.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HeldPart {
     /// The number under which it is held.
     pub number: Number,
@@ -112,7 +112,7 @@ pub struct HeldPart {
 }
 
 /// The answer to a prepare. Counts only under its own number (rule R4).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Vote {
     /// The batch.
     pub id: BatchId,
@@ -123,7 +123,7 @@ pub struct Vote {
 }
 
 /// What a vote says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum VoteKind {
     /// "I can do my part, whatever happens to me, whenever you say so."
     Yes,
@@ -144,7 +144,7 @@ pub enum VoteKind {
 }
 
 /// The answer to an outcome (rule R2: only this counts, and only if not `lost`).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Done {
     /// The batch.
     pub id: BatchId,
@@ -155,7 +155,7 @@ pub struct Done {
 }
 
 /// Why a batch is aborted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Abort {
     /// The reason.
     pub reason: AbortReason,
@@ -173,7 +173,7 @@ impl Abort {
 }
 
 /// The reasons, as the wire contract explains them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[allow(missing_docs)] // each stands in proto/verdict/v1/types.proto
 pub enum AbortReason {
     ShortOfFunds,
@@ -189,7 +189,7 @@ pub enum AbortReason {
 }
 
 /// What an operation met.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Met {
     /// A balance.
     Balance(i128),
@@ -202,7 +202,7 @@ pub enum Met {
 }
 
 /// One decision, as it is recorded. It never changes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Decision {
     /// The batch.
     pub id: BatchId,
@@ -217,7 +217,7 @@ pub struct Decision {
 }
 
 /// A read of rows of one shard at one position.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ShardRead {
     /// The position.
     pub position: Stamp,
@@ -230,7 +230,7 @@ pub struct ShardRead {
 }
 
 /// What to read of one shard.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ShardQuery {
     /// The values of rows.
     Rows(Vec<RowKey>),
@@ -246,7 +246,7 @@ pub enum ShardQuery {
 }
 
 /// The answer of a shard to a read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ShardReadAnswer {
     /// These parts in doubt would write the rows: ask again with `known` set.
     InDoubt(Vec<BatchId>),
@@ -267,7 +267,7 @@ pub enum ShardReadAnswer {
 pub const READ_BYTES_MAX: usize = 8 << 20;
 
 /// What a row holds at some position.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RowAt {
     /// The stamp of its last change; 0: never written.
     pub version: Stamp,
@@ -276,7 +276,7 @@ pub struct RowAt {
 }
 
 /// The contents of a row.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum RowValue {
     /// The row doesn't exist.
     #[default]
@@ -298,7 +298,7 @@ impl RowValue {
 }
 
 /// What one batch did to one row.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RowChange {
     /// The batch.
     pub id: BatchId,

@@ -39,7 +39,7 @@ pub trait Store {
 }
 
 /// A store in memory, for the simulator, the model checker and tests.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct MemoryStore {
     map: BTreeMap<Vec<u8>, Bytes>,
 }

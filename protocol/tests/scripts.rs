@@ -21,8 +21,8 @@ use bytes::Bytes;
 use verdict_protocol::{
     batch::{Batch, Condition, Operation, OperationKind, Placement, RowKey},
     ids::{BatchId, Millis, ShardId, Stamp},
-    leader::{Event, Reply, Token},
-    messages::{Abort, Decision, FromShard, Met, RowValue, ShardReadAnswer, ToShard, VoteKind},
+    leader::{Event, Token},
+    show::{self, name_of},
 };
 use world::{Packet, START, World};
 
@@ -37,10 +37,6 @@ struct Script {
 fn id_of(name: &str) -> BatchId {
     let letter = name.bytes().next().expect("a batch has a name");
     BatchId::from_parts(Millis(START.0 + u64::from(letter)), [letter; 10])
-}
-
-fn name_of(id: BatchId) -> String {
-    char::from(id.0[15]).to_string()
 }
 
 /// `name@shard` or `name@shard/r`: a partition that the placement puts on that shard.
@@ -162,13 +158,14 @@ impl Script {
             "rows" => {
                 for text in &rest {
                     let row = self.world.row(&row_of(placement, text));
-                    writeln!(told, "{text}: {} (version {})", value(&row.value), row.version).unwrap();
+                    writeln!(told, "{text}: {} (version {})", show::value(&row.value), row.version).unwrap();
                 }
             }
             "held" => {
                 for held in self.world.shards[&ShardId(number(0) as u32)].leading().machine.held() {
                     let part = held.part;
-                    writeln!(told, "{} {} {}", name_of(part.id), part.number, vote(&part.vote)).unwrap();
+                    writeln!(told, "{} {} {}", name_of(part.id), part.number, show::vote(&part.vote))
+                        .unwrap();
                 }
             }
             "check" => {
@@ -183,7 +180,7 @@ impl Script {
         }
         for (token, reply) in &self.world.replies[self.seen_replies..] {
             let name = self.names.get(token).map_or("somebody", String::as_str);
-            writeln!(told, "reply to {name}: {}", answer(reply)).unwrap();
+            writeln!(told, "reply to {name}: {}", show::answer(reply)).unwrap();
         }
         for alarm in &self.world.alarms[self.seen_alarms..] {
             writeln!(told, "ALARM {alarm}").unwrap();
@@ -219,119 +216,10 @@ fn fits(packet: &Packet, what: &[&str]) -> bool {
 
 fn shown(packet: &Packet) -> String {
     match packet {
-        Packet::ToShard(shard, message) => format!("to {shard}: {}", to_shard(message)),
-        Packet::Read(shard, _, read) if read.known => {
-            let ids: Vec<String> = read.wait_for.iter().map(|id| name_of(*id)).collect();
-            format!("to {shard}: read at {} after [{}]", read.position, ids.join(" "))
-        }
-        Packet::Read(shard, _, read) => format!("to {shard}: read at {}", read.position),
-        Packet::FromShard(shard, message) => format!("from {shard}: {}", from_shard(message)),
-        Packet::Answer(shard, _, ShardReadAnswer::InDoubt(ids)) => {
-            let ids: Vec<String> = ids.iter().map(|id| name_of(*id)).collect();
-            format!("from {shard}: in doubt [{}]", ids.join(" "))
-        }
-        Packet::Answer(shard, _, ShardReadAnswer::Rows(rows)) => {
-            let values: Vec<String> = rows.iter().map(|row| value(&row.value)).collect();
-            format!("from {shard}: values [{}]", values.join(", "))
-        }
-        Packet::Answer(shard, _, ShardReadAnswer::TooLarge) => format!("from {shard}: too large"),
-        Packet::Answer(shard, _, ShardReadAnswer::History { changes, .. }) => {
-            format!("from {shard}: {} changes", changes.len())
-        }
-    }
-}
-
-fn to_shard(message: &ToShard) -> String {
-    let mut parts = vec![format!("mark {}", message.mark)];
-    if message.greet {
-        parts.push(format!("greet {}", message.epoch));
-    }
-    for outcome in &message.outcomes {
-        let commit = outcome.commit.map_or("abort".to_owned(), |stamp| format!("commit at {stamp}"));
-        parts.push(format!(
-            "outcome {} {} {commit}{}",
-            name_of(outcome.id),
-            outcome.number,
-            given(&outcome.gives_up)
-        ));
-    }
-    for prepare in &message.prepares {
-        parts.push(format!("prepare {} {}{}", name_of(prepare.id), prepare.number, given(&prepare.gives_up)));
-    }
-    parts.join(", ")
-}
-
-fn given(numbers: &[verdict_protocol::ids::Number]) -> String {
-    if numbers.is_empty() {
-        return String::new();
-    }
-    let numbers: Vec<String> = numbers.iter().map(ToString::to_string).collect();
-    format!(" giving up {}", numbers.join(" "))
-}
-
-fn from_shard(message: &FromShard) -> String {
-    let mut parts = Vec::new();
-    if let Some(greeting) = &message.greeting {
-        let held: Vec<String> = greeting
-            .parts
-            .iter()
-            .map(|part| format!("{} {} {}", name_of(part.id), part.number, vote(&part.vote)))
-            .collect();
-        parts.push(format!("greeting {} [{}]", greeting.epoch, held.join("; ")));
-    }
-    for done in &message.done {
-        let lost = if done.lost { " LOST" } else { "" };
-        parts.push(format!("done {} {}{lost}", name_of(done.id), done.number));
-    }
-    for one in &message.votes {
-        parts.push(format!("vote {} {} {}", name_of(one.id), one.number, vote(&one.kind)));
-    }
-    parts.join(", ")
-}
-
-fn vote(kind: &VoteKind) -> String {
-    match kind {
-        VoteKind::No(why) => format!("NO {}", abort(why)),
-        VoteKind::Yes => "YES".to_owned(),
-        other => format!("{other:?}").to_lowercase(),
-    }
-}
-
-fn abort(abort: &Abort) -> String {
-    let place = abort.operation.map_or(String::new(), |place| format!(" operation {place}"));
-    let met = match &abort.met {
-        None => String::new(),
-        Some(Met::Balance(balance)) => format!(" met {balance}"),
-        Some(Met::Record(bytes)) => format!(" met {}", String::from_utf8_lossy(bytes)),
-        Some(Met::Version(version)) => format!(" met version {version}"),
-        Some(Met::Absent) => " met nothing".to_owned(),
-    };
-    format!("{:?}{place}{met}", abort.reason)
-}
-
-fn decision(decision: &Decision) -> String {
-    match &decision.result {
-        Ok(stamp) => format!("COMMITTED at {stamp}"),
-        Err(why) => format!("ABORTED {}", abort(why)),
-    }
-}
-
-fn answer(reply: &Reply) -> String {
-    match reply {
-        Reply::Decided(it) => decision(it),
-        Reply::Rows { position, rows } => {
-            let values: Vec<String> = rows.iter().map(|row| value(&row.value)).collect();
-            format!("at {position} [{}]", values.join(", "))
-        }
-        other => format!("{other:?}"),
-    }
-}
-
-fn value(value: &RowValue) -> String {
-    match value {
-        RowValue::Absent => "nothing".to_owned(),
-        RowValue::Balance(balance) => balance.to_string(),
-        RowValue::Record(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+        Packet::ToShard(shard, message) => format!("to {shard}: {}", show::to_shard(message)),
+        Packet::Read(shard, _, read) => format!("to {shard}: {}", show::read(read)),
+        Packet::FromShard(shard, message) => format!("from {shard}: {}", show::from_shard(message)),
+        Packet::Answer(shard, _, answer) => format!("from {shard}: {}", show::read_answer(answer)),
     }
 }
 

@@ -30,7 +30,7 @@ use crate::{
 use self::reads::Reading;
 
 /// Settings of a leader. Times are in milliseconds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LeaderConfig {
     /// The coordinator group.
     pub group: GroupId,
@@ -79,11 +79,11 @@ impl LeaderConfig {
 const FINISHED_WAITING_MAX: usize = 1024;
 
 /// Names a caller who waits for a reply; given by the driver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Token(pub u64);
 
 /// What happens to a leader.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     /// Time has passed. The clock may jump: only waiting depends on it.
     Tick {
@@ -167,7 +167,7 @@ pub enum Event {
 
 /// What a leader wants done. The driver first hands [`Effects::act`] to the log; the rest doesn't depend on it, for what does is
 /// an effect of the [`Event::Applied`] that follows.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Effects {
     /// To be recorded in the coordinator's log.
     pub act: Act,
@@ -186,7 +186,7 @@ pub struct Effects {
 }
 
 /// What a caller is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Reply {
     /// The batch is decided.
     Decided(Decision),
@@ -215,7 +215,7 @@ pub enum Reply {
 }
 
 /// Why nothing was decided.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Refusal {
     /// The id is known with other contents.
     DifferentContents,
@@ -262,7 +262,7 @@ pub trait Decisions {
 }
 
 /// A batch that the leader has to do with.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Flight {
     /// None: cancelled unseen.
     hash: Option<ContentHash>,
@@ -277,7 +277,7 @@ struct Flight {
     answered: BTreeSet<ShardId>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Stage {
     /// Waits for participants to answer the greeting. Nothing was sent.
     Parked(Pending),
@@ -292,21 +292,21 @@ enum Stage {
 }
 
 /// What is needed to start a batch, and to start it again.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Pending {
     parts: BTreeMap<ShardId, Part>,
     deadline: Millis,
 }
 
 /// What a participant said under the present number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Heard {
     Yes,
     Waiting,
 }
 
 /// What the leader knows of a shard.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct ShardView {
     greeted: bool,
     greeted_at: Millis,
@@ -315,7 +315,7 @@ struct ShardView {
 }
 
 /// The leader of one epoch.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Leader {
     config: LeaderConfig,
     epoch: Epoch,

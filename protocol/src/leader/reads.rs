@@ -17,7 +17,7 @@ use crate::{
 use super::{Decisions, Effects, Flight, Leader, Refusal, Remembered, Reply, Stage, Token};
 
 /// A read that is under way.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Reading {
     token: Token,
     position: Stamp,

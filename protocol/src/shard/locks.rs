@@ -16,7 +16,7 @@ use crate::ids::{GroupId, Number};
 
 /// Who stands in line: its number, and the coordinator that gave it. Numbers of different coordinators have no order, so
 /// batches of different coordinators never wait for each other; the later one is refused (CONFLICT).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket {
     /// The number.
     pub number: Number,
@@ -25,7 +25,7 @@ pub struct Ticket {
 }
 
 /// How a part uses a row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mode {
     /// Only deltas: any number side by side.
     Add,
@@ -42,7 +42,7 @@ impl Mode {
 }
 
 /// What a part claims of one row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Claim {
     /// How it uses the row.
     pub mode: Mode,
@@ -96,7 +96,7 @@ pub enum Answer {
 }
 
 /// The line at one row.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RowLock {
     holders: BTreeMap<Ticket, Claim>,
     waiters: BTreeMap<Ticket, Claim>,

@@ -42,7 +42,7 @@ const FINISHED_TABLE: u8 = 0x14;
 const CONFIG_TABLE: u8 = 0x15;
 
 /// What all replicas of a shard must know and have equal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ShardConfig {
     /// Which shard this is.
     pub shard: ShardId,
@@ -63,7 +63,7 @@ pub struct ShardEntry {
 }
 
 /// What applying an entry answers: for each coordinator, in order.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ShardReply {
     /// The answers.
     pub messages: Vec<(GroupId, FromShard)>,
@@ -83,7 +83,7 @@ impl ShardReply {
 }
 
 /// What is remembered of a coordinator group.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Peer {
     epoch: Epoch,
     mark: Number,
@@ -98,7 +98,7 @@ impl Peer {
 }
 
 /// Where a held part stands.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Stand {
     Waiting,
     Yes,
@@ -106,7 +106,7 @@ enum Stand {
 }
 
 /// A part as it is stored (rule R8).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Held {
     number: Number,
     hash: ContentHash,
@@ -151,7 +151,7 @@ pub struct ShardCounts {
 }
 
 /// The state machine of a shard.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Shard {
     config: ShardConfig,
     peers: BTreeMap<GroupId, Peer>,
@@ -233,6 +233,11 @@ impl Shard {
     /// The epoch that is recorded for a coordinator.
     pub fn epoch(&self, coordinator: GroupId) -> Epoch {
         self.peers.get(&coordinator).map(|peer| peer.epoch).unwrap_or_default()
+    }
+
+    /// How many finished numbers are remembered above the marks.
+    pub fn finished_numbers(&self) -> usize {
+        self.peers.values().map(|peer| peer.finished.len()).sum()
     }
 
     /// Answers a read from what has been applied, or `None`: a part that it has to wait for is still held.

@@ -5,14 +5,13 @@
 use std::collections::BTreeMap;
 
 use verdict_protocol::{
-    batch::{Batch, Condition, OperationKind, Placement, RowKey},
+    batch::{Batch, Placement, RowKey},
     coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply},
     ids::{BatchId, GroupId, Millis, NodeId, ShardId, Stamp},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::{self, Machine},
-    messages::{
-        AbortReason, Decision, FromShard, RowAt, RowValue, ShardQuery, ShardRead, ShardReadAnswer, ToShard,
-    },
+    messages::{AbortReason, Decision, FromShard, RowAt, ShardQuery, ShardRead, ShardReadAnswer, ToShard},
+    plain,
     shard::{Shard, ShardConfig, ShardEntry, ShardReply},
     store::MemoryStore,
 };
@@ -453,14 +452,14 @@ impl World {
                 let mut model = model.clone();
                 self.submitted[&decision.id].operations.iter().any(|operation| {
                     let row = model.entry(operation.row.clone()).or_default();
-                    run(row, Stamp(u64::MAX), &operation.kind).is_err()
+                    plain::run(row, Stamp(u64::MAX), &operation.kind).is_err()
                 })
             };
             let mut is_true = from == Stamp(0) && fails(&model);
             for (stamp, id) in committed {
                 for operation in &self.submitted[&id].operations {
                     let row = model.entry(operation.row.clone()).or_default();
-                    run(row, stamp, &operation.kind).expect("was checked before");
+                    plain::run(row, stamp, &operation.kind).expect("was checked before");
                 }
                 is_true |= stamp >= from && fails(&model);
             }
@@ -495,7 +494,7 @@ impl World {
         for (stamp, id) in committed {
             for operation in &self.submitted[&id].operations {
                 let row = model.entry(operation.row.clone()).or_default();
-                run(row, stamp, &operation.kind)
+                plain::run(row, stamp, &operation.kind)
                     .unwrap_or_else(|why| panic!("batch {id} at {stamp} on {:?}: {why}", operation.row));
             }
         }
@@ -503,40 +502,4 @@ impl World {
             assert_eq!(self.row(row), *expected, "row {row:?}");
         }
     }
-}
-
-/// One operation on one row, written down a second time and as plainly as possible.
-fn run(row: &mut RowAt, stamp: Stamp, kind: &OperationKind) -> Result<(), String> {
-    let balance = || match &row.value {
-        RowValue::Absent => Ok(0),
-        RowValue::Balance(balance) => Ok(*balance),
-        RowValue::Record(_) => Err("is a record".to_owned()),
-    };
-    let value = match kind {
-        OperationKind::Add { delta, floor, ceiling } => {
-            let after = balance()?.checked_add(*delta).ok_or("overflows")?;
-            let floor = floor.unwrap_or(if *delta < 0 { 0 } else { i128::MIN });
-            if after < floor || after > ceiling.unwrap_or(i128::MAX) {
-                return Err(format!("{after} is out of bounds"));
-            }
-            RowValue::Balance(after)
-        }
-        OperationKind::Put(value) => RowValue::Record(value.clone()),
-        OperationKind::Insert(value) if row.value == RowValue::Absent => RowValue::Record(value.clone()),
-        OperationKind::Insert(_) => return Err("exists".to_owned()),
-        OperationKind::Delete => RowValue::Absent,
-        OperationKind::Require(condition) => {
-            let holds = match condition {
-                Condition::Exists(wanted) => (row.value != RowValue::Absent) == *wanted,
-                Condition::VersionIs(version) => row.version == *version,
-                Condition::RecordIs(value) => row.value == RowValue::Record(value.clone()),
-                Condition::AtLeast(amount) => balance()? >= *amount,
-                Condition::AtMost(amount) => balance()? <= *amount,
-                Condition::BalanceIs(amount) => balance()? == *amount,
-            };
-            return if holds { Ok(()) } else { Err(format!("{condition:?} does not hold: {row:?}")) };
-        }
-    };
-    *row = RowAt { version: stamp, value };
-    Ok(())
 }

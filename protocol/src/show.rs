@@ -1,0 +1,139 @@
+//! Messages, decisions and replies in words, for traces and golden scripts. Nothing depends on how they look.
+
+use crate::{
+    ids::{BatchId, Number},
+    leader::Reply,
+    messages::{Abort, Decision, FromShard, Met, RowValue, ShardRead, ShardReadAnswer, ToShard, VoteKind},
+};
+
+/// A short name: tests and models make ids that end with a letter. Other ids are shown whole.
+pub fn name_of(id: BatchId) -> String {
+    let last = char::from(id.0[15]);
+    if last.is_ascii_alphanumeric() { last.to_string() } else { id.to_string() }
+}
+
+fn names_of(ids: &[BatchId]) -> String {
+    ids.iter().map(|id| name_of(*id)).collect::<Vec<_>>().join(" ")
+}
+
+/// What a coordinator's leader says to a shard.
+pub fn to_shard(message: &ToShard) -> String {
+    let mut parts = vec![format!("mark {}", message.mark)];
+    if message.greet {
+        parts.push(format!("greet {}", message.epoch));
+    }
+    for outcome in &message.outcomes {
+        let commit = outcome.commit.map_or("abort".to_owned(), |stamp| format!("commit at {stamp}"));
+        parts.push(format!(
+            "outcome {} {} {commit}{}",
+            name_of(outcome.id),
+            outcome.number,
+            given(&outcome.gives_up)
+        ));
+    }
+    for prepare in &message.prepares {
+        parts.push(format!("prepare {} {}{}", name_of(prepare.id), prepare.number, given(&prepare.gives_up)));
+    }
+    parts.join(", ")
+}
+
+fn given(numbers: &[Number]) -> String {
+    if numbers.is_empty() {
+        return String::new();
+    }
+    let numbers: Vec<String> = numbers.iter().map(ToString::to_string).collect();
+    format!(" giving up {}", numbers.join(" "))
+}
+
+/// What a shard says to a coordinator's leader.
+pub fn from_shard(message: &FromShard) -> String {
+    let mut parts = Vec::new();
+    if let Some(greeting) = &message.greeting {
+        let held: Vec<String> = greeting
+            .parts
+            .iter()
+            .map(|part| format!("{} {} {}", name_of(part.id), part.number, vote(&part.vote)))
+            .collect();
+        parts.push(format!("greeting {} [{}]", greeting.epoch, held.join("; ")));
+    }
+    for done in &message.done {
+        let lost = if done.lost { " LOST" } else { "" };
+        parts.push(format!("done {} {}{lost}", name_of(done.id), done.number));
+    }
+    for one in &message.votes {
+        parts.push(format!("vote {} {} {}", name_of(one.id), one.number, vote(&one.kind)));
+    }
+    parts.join(", ")
+}
+
+/// A vote, or a refusal.
+pub fn vote(kind: &VoteKind) -> String {
+    match kind {
+        VoteKind::No(why) => format!("NO {}", abort(why)),
+        VoteKind::Yes => "YES".to_owned(),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+fn abort(abort: &Abort) -> String {
+    let place = abort.operation.map_or(String::new(), |place| format!(" operation {place}"));
+    let met = match &abort.met {
+        None => String::new(),
+        Some(Met::Balance(balance)) => format!(" met {balance}"),
+        Some(Met::Record(bytes)) => format!(" met {}", String::from_utf8_lossy(bytes)),
+        Some(Met::Version(version)) => format!(" met version {version}"),
+        Some(Met::Absent) => " met nothing".to_owned(),
+    };
+    format!("{:?}{place}{met}", abort.reason)
+}
+
+/// A decision.
+pub fn decision(decision: &Decision) -> String {
+    match &decision.result {
+        Ok(stamp) => format!("COMMITTED at {stamp}"),
+        Err(why) => format!("ABORTED {}", abort(why)),
+    }
+}
+
+/// A reply to a caller.
+pub fn answer(reply: &Reply) -> String {
+    match reply {
+        Reply::Decided(it) => decision(it),
+        Reply::Rows { position, rows } => {
+            let values: Vec<String> = rows.iter().map(|row| value(&row.value)).collect();
+            format!("at {position} [{}]", values.join(", "))
+        }
+        other => format!("{other:?}"),
+    }
+}
+
+/// What a row holds.
+pub fn value(value: &RowValue) -> String {
+    match value {
+        RowValue::Absent => "nothing".to_owned(),
+        RowValue::Balance(balance) => balance.to_string(),
+        RowValue::Record(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+    }
+}
+
+/// A read of a shard.
+pub fn read(read: &ShardRead) -> String {
+    if read.known {
+        format!("read at {} after [{}]", read.position, names_of(&read.wait_for))
+    } else {
+        format!("read at {}", read.position)
+    }
+}
+
+/// A shard's answer to a read.
+pub fn read_answer(answer: &ShardReadAnswer) -> String {
+    match answer {
+        ShardReadAnswer::InDoubt(ids) => format!("in doubt [{}]", names_of(ids)),
+        ShardReadAnswer::Rows(rows) => {
+            let values: Vec<String> = rows.iter().map(|row| value(&row.value)).collect();
+            format!("values [{}]", values.join(", "))
+        }
+        ShardReadAnswer::TooLarge => "too large".to_owned(),
+        ShardReadAnswer::History { changes, .. } => format!("{} changes", changes.len()),
+    }
+}
