@@ -4,13 +4,16 @@
 //! - [`api`]: calls and values, by the generated types alone;
 //! - [`proxy`]: a way to a node on which replies get lost;
 //! - [`ledger`]: a load of transfers, and the account of what was answered;
+//! - [`bank`]: a load of all kinds of batches and of reads; [`promises`] judges what it was told;
 //! - [`syncs`]: the synced writes of a node, as strace sees them.
 //!
 //! Only processes that were started here are ever ended, by their handles. Every wait has a bound.
 
 pub mod api;
+pub mod bank;
 pub mod cluster;
 pub mod ledger;
+pub mod promises;
 pub mod proxy;
 pub mod random;
 pub mod syncs;
