@@ -22,8 +22,8 @@ rocksdb() {
 
 documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items --quiet; }
 
-# The program for the tests that start it, and the tests, in one go: the same features of all dependencies.
-build() { cargo build --locked --workspace --bins --tests; }
+# The program and the disk layer for the tests that start them, and the tests, in one go: the same features of all dependencies.
+build() { cargo build --locked --workspace --lib --bins --tests; }
 
 # Tests in tests/ start clusters of real processes and measure seconds; side by side on few cores they would starve each
 # other. nextest takes that from .config/nextest.toml, plain cargo from the runner. (Two calls of cargo would do as well,
