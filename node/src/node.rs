@@ -21,7 +21,7 @@ use verdict_coordinator::{CoordinatorConfig, CoordinatorNode};
 use verdict_participant::{Participant, ParticipantConfig, ParticipantLimits};
 use verdict_proto::connect::{Connect, Tcp};
 use verdict_protocol::ids::NodeId;
-use verdict_raft::{Host, HostConfig, Limits};
+use verdict_raft::{Host, HostConfig, Limits, OnDisk, storage::Storage};
 
 use crate::{
     config::Config,
@@ -31,6 +31,25 @@ use crate::{
 
 /// How long open streams may take to end when the node stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a node finds around itself.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// The way to other nodes.
+    pub connect: Arc<dyn Connect>,
+    /// The disk on which its folder is.
+    pub storage: Arc<dyn Storage>,
+    /// Bounds on what its Raft groups keep and queue.
+    pub limits: Limits,
+}
+
+impl Surroundings {
+    /// The disk of this machine, and the usual bounds.
+    pub fn of_this_machine(connect: Arc<dyn Connect>) -> Surroundings {
+        Surroundings { connect, storage: Arc::new(OnDisk), limits: Limits::default() }
+    }
+}
+
 /// A node that runs.
 pub struct Node {
     host: Arc<Host>,
@@ -48,6 +67,16 @@ impl Node {
         I: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
         S: Stream<Item = std::io::Result<I>> + Send + 'static,
     {
+        Node::start_in(config, Surroundings::of_this_machine(connect), incoming).await
+    }
+
+    /// The same, in other surroundings.
+    pub async fn start_in<I, S>(config: &Config, surroundings: Surroundings, incoming: S) -> Result<Node>
+    where
+        I: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        S: Stream<Item = std::io::Result<I>> + Send + 'static,
+    {
+        let Surroundings { connect, storage, limits } = surroundings;
         config.check()?;
         let node = NodeId(config.node);
         let nodes = config.nodes()?;
@@ -57,9 +86,10 @@ impl Node {
             address: nodes[&node].clone(),
             directory: config.data.clone(),
             timing: config.timing(),
-            limits: Limits::default(),
+            limits,
         };
-        let host = Arc::new(Host::open(host_config, connect.clone()).await.context("open the data folder")?);
+        let opened = Host::open_on(host_config, connect.clone(), storage).await;
+        let host = Arc::new(opened.context("open the data folder")?);
         let started = Node::start_on(config, host.clone(), connect, incoming).await;
         if started.is_err() {
             // A process that ends while the database is open may be aborted by it, instead of ending with the error.
@@ -115,6 +145,11 @@ impl Node {
         });
         let server = tokio::spawn(serving);
         Ok(Node { host, participant, coordinator, health, stop, server })
+    }
+
+    /// The shards' side, for use inside this process.
+    pub fn participant(&self) -> &Participant {
+        &self.participant
     }
 
     /// The coordinator's side, for use inside this process.

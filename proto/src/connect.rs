@@ -32,7 +32,8 @@ const DUPLEX_BYTES: usize = 256 << 10;
 /// Connections that wait to be accepted inside a process.
 const BACKLOG: usize = 64;
 
-fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
+/// What all connections to a node have in common, whatever carries them.
+pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
     Ok(Endpoint::from_shared(format!("http://{address}"))?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)

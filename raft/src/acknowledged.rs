@@ -4,17 +4,14 @@
 //! without a sync of its own, so after a loss of power it may lag, but it never leads. Before a log becomes shorter on
 //! purpose the lower mark is written and synced.
 
-use std::{
-    collections::BTreeMap,
-    fs::{File, OpenOptions},
-    io,
-    os::unix::fs::FileExt,
-    path::Path,
-};
+use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::checksum;
+use crate::{
+    storage::{File, Open, Storage},
+    types::checksum,
+};
 
 const SLOT_BYTES: usize = 4096;
 const HEADER_BYTES: usize = 12;
@@ -36,15 +33,14 @@ struct Contents {
 
 /// The file.
 pub(crate) struct Acknowledged {
-    file: File,
+    file: Arc<dyn File>,
     contents: Contents,
 }
 
 impl Acknowledged {
-    pub(crate) fn open(directory: &Path) -> io::Result<Acknowledged> {
-        let path = directory.join("acknowledged");
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        let slots = [0, 1].map(|slot| read(&file, slot));
+    pub(crate) fn open(storage: &dyn Storage, directory: &Path) -> io::Result<Acknowledged> {
+        let file = storage.open(&directory.join("acknowledged"), Open::OrCreate)?;
+        let slots = [0, 1].map(|slot| read(&*file, slot));
         let newest = slots.into_iter().flatten().max_by_key(|contents| contents.counter);
         Ok(Acknowledged { file, contents: newest.unwrap_or_default() })
     }
@@ -70,7 +66,7 @@ impl Acknowledged {
         }
         self.contents.counter += 1;
         self.write()?;
-        if lower { self.file.sync_data() } else { Ok(()) }
+        if lower { self.file.sync() } else { Ok(()) }
     }
 
     fn write(&self) -> io::Result<()> {
@@ -86,7 +82,7 @@ impl Acknowledged {
     }
 }
 
-fn read(file: &File, slot: u64) -> Option<Contents> {
+fn read(file: &dyn File, slot: u64) -> Option<Contents> {
     let mut header = [0; HEADER_BYTES];
     file.read_exact_at(&mut header, slot * SLOT_BYTES as u64).ok()?;
     let length = u32::from_be_bytes(header[8..].try_into().ok()?) as usize;

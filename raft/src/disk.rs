@@ -15,92 +15,49 @@ use std::{
     sync::Arc,
 };
 
-use rocksdb::{BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Options};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::task::JoinHandle;
 use verdict_protocol::ids::{GroupId, NodeId};
 
 use crate::{
     api::{HostConfig, HostError},
+    storage::{Start, Storage, Table, Tables},
     types::checksum,
 };
-
-const LOG: &str = "log";
-const META: &str = "meta";
-const STATE: &str = "state";
 
 /// Version byte of every value in `log` and `meta`.
 const VERSION: u8 = 1;
 /// Version byte and checksum stand before the contents.
 const HEADER_BYTES: usize = 9;
 
-/// Memtables: small ones would be flushed all the time, large ones make recovery slow.
-const LOG_MEMTABLE_BYTES: usize = 64 << 20;
-const STATE_MEMTABLE_BYTES: usize = 32 << 20;
-/// The write-ahead log is cut when it reaches this size in all.
-const WAL_BYTES_MAX: u64 = 512 << 20;
-
-/// The node's database.
+/// The node's disk, with its tables open.
 pub(crate) struct Disk {
-    db: DB,
+    storage: Arc<dyn Storage>,
+    tables: Box<dyn Tables>,
 }
 
 impl Disk {
-    /// Opens or makes the database below `directory`.
-    pub(crate) fn open(directory: &Path, block_cache_bytes: usize) -> Result<Arc<Disk>, HostError> {
-        let path = directory.join("db");
-        let mut options = Options::default();
-        options.create_if_missing(true);
-        options.create_missing_column_families(true);
-        options.set_paranoid_checks(true);
-        // Damage inside the write-ahead log is an error; only a torn last record is its end.
-        options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
-        options.set_track_and_verify_wals_in_manifest(true);
-        options.set_max_total_wal_size(WAL_BYTES_MAX);
-        options.set_max_background_jobs(2);
-        options.set_keep_log_file_num(2);
-        options.set_max_open_files(512);
-        let cache = Cache::new_lru_cache(block_cache_bytes);
-        let family = |name, memtable_bytes| {
-            let mut table = BlockBasedOptions::default();
-            table.set_block_cache(&cache);
-            table.set_bloom_filter(10.0, false);
-            let mut options = Options::default();
-            options.set_block_based_table_factory(&table);
-            options.set_write_buffer_size(memtable_bytes);
-            options.set_compression_type(rocksdb::DBCompressionType::Lz4);
-            ColumnFamilyDescriptor::new(name, options)
-        };
-        let families =
-            [family(LOG, LOG_MEMTABLE_BYTES), family(META, 1 << 20), family(STATE, STATE_MEMTABLE_BYTES)];
-        match DB::open_cf_descriptors(&options, &path, families) {
-            Ok(db) => Ok(Arc::new(Disk { db })),
-            Err(error) => Err(open_error(&path, error)),
-        }
+    /// Opens or makes the tables below `directory`.
+    pub(crate) fn open(
+        storage: Arc<dyn Storage>,
+        directory: &Path,
+        cache_bytes: usize,
+    ) -> Result<Arc<Disk>, HostError> {
+        let tables = storage.open_tables(directory, cache_bytes)?;
+        Ok(Arc::new(Disk { storage, tables }))
     }
 
-    pub(crate) fn db(&self) -> &DB {
-        &self.db
+    pub(crate) fn tables(&self) -> &dyn Tables {
+        &*self.tables
     }
 
-    pub(crate) fn log(&self) -> &ColumnFamily {
-        self.family(LOG)
-    }
-
-    pub(crate) fn meta(&self) -> &ColumnFamily {
-        self.family(META)
-    }
-
-    pub(crate) fn state(&self) -> &ColumnFamily {
-        self.family(STATE)
-    }
-
-    fn family(&self, name: &str) -> &ColumnFamily {
-        self.db.cf_handle(name).expect("all column families are made when the database is opened")
+    pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
     }
 
     /// Reads a value of `meta`.
     pub(crate) fn read_meta<T: DeserializeOwned>(&self, key: &[u8]) -> io::Result<Option<T>> {
-        match self.db.get_cf(self.meta(), key).map_err(io_error)? {
+        match self.tables.get(Table::Meta, key)? {
             None => Ok(None),
             Some(value) => unseal(key, &value).map(Some),
         }
@@ -108,34 +65,33 @@ impl Disk {
 
     /// Writes a value of `meta`, synced.
     pub(crate) fn write_meta<T: Serialize>(&self, key: &[u8], value: &T) -> io::Result<()> {
-        self.db.put_cf(self.meta(), key, seal(key, value)).map_err(io_error)?;
-        self.db.flush_wal(true).map_err(io_error)
+        let mut batch = self.tables.batch();
+        batch.put(Table::Meta, key, &seal(key, value));
+        batch.write()?;
+        self.tables.sync()
     }
 
     /// The incarnations of other nodes, as first seen.
     pub(crate) fn incarnations(&self) -> io::Result<BTreeMap<u64, Vec<u8>>> {
         let mut known = BTreeMap::new();
-        let mut iterator = self.db.raw_iterator_cf(self.meta());
-        iterator.seek([INCARNATION]);
-        while let Some((key, value)) = iterator.item() {
-            if key.first() != Some(&INCARNATION) {
-                break;
-            }
+        let mut cursor =
+            self.tables.cursor(Table::Meta, &[INCARNATION], Some(&[INCARNATION + 1]), Start::First);
+        while let Some((key, value)) = cursor.item() {
             let id = key[1..].try_into().map_err(|_| damaged("key of an incarnation"))?;
             known.insert(u64::from_be_bytes(id), unseal(key, value)?);
-            iterator.next();
+            cursor.next();
         }
-        iterator.status().map_err(io_error)?;
+        cursor.status()?;
         Ok(known)
     }
 }
 
-fn open_error(path: &Path, error: rocksdb::Error) -> HostError {
-    match error.kind() {
-        rocksdb::ErrorKind::Corruption => HostError::Damaged(error.to_string()),
-        _ if error.to_string().to_lowercase().contains("lock") => HostError::Locked(path.to_path_buf()),
-        _ => HostError::Storage(error.to_string()),
-    }
+/// Runs work that may wait for the disk: apart from the threads that run tasks, if the disk makes a thread wait at all.
+pub(crate) fn apart<T: Send + 'static>(
+    storage: &Arc<dyn Storage>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
+    if storage.waits() { tokio::task::spawn_blocking(work) } else { tokio::spawn(async { work() }) }
 }
 
 const IDENTITY: &[u8] = &[0x01];
@@ -236,13 +192,6 @@ impl Identity {
 /// Where snapshots are kept.
 pub(crate) fn snapshot_directory(directory: &Path) -> PathBuf {
     directory.join("snapshots")
-}
-
-pub(crate) fn io_error(error: rocksdb::Error) -> io::Error {
-    match error.kind() {
-        rocksdb::ErrorKind::Corruption => damaged(error.as_ref()),
-        _ => io::Error::other(error.to_string()),
-    }
 }
 
 /// What is on the disk isn't what was written.

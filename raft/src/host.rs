@@ -2,14 +2,15 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     sync::{Arc, Mutex},
-    thread,
     time::Duration,
 };
 
 use openraft::{Config, Raft, SnapshotPolicy};
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 use verdict_proto::{connect::Connect, v1::raft_server};
 use verdict_protocol::{
     ids::{GroupId, NodeId},
@@ -19,21 +20,24 @@ use verdict_protocol::{
 use crate::{
     acknowledged::{Acknowledged, Mark},
     api::{HostConfig, HostError},
-    disk::{Disk, Identity, host_error, snapshot_directory},
+    disk::{Disk, Identity, apart, host_error, snapshot_directory},
     fatal::Fatal,
     group::Group,
     log::{GroupLog, LogStore},
     network::Network,
     node::Node,
+    on_disk::OnDisk,
     peer::MESSAGE_BYTES_MAX,
     replica::{Replica, StateMachine},
     service::Service,
     snapshot::{self, Snapshots},
-    writer::Writer,
+    storage::Storage,
+    writer::{Running, Writer},
 };
 
 /// How long closing waits for the last user of the database.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
+const CLOSE_PAUSE: Duration = Duration::from_millis(1);
 /// Entries in one message to a follower; its bytes are bounded as well.
 const ENTRIES_PER_MESSAGE: u64 = 1024;
 
@@ -48,32 +52,41 @@ struct Open {
     disk: Arc<Disk>,
     /// What had been acknowledged of each group when the host opened.
     marks: BTreeMap<u32, Mark>,
-    writer: thread::JoinHandle<()>,
+    writer: Running,
 }
 
 impl Host {
-    /// Opens the directory, and starts the log writer and the transport. Groups are started one by one after it.
+    /// Opens the directory on the disk of this machine: see [`Host::open_on`].
     pub async fn open(config: HostConfig, connect: Arc<dyn Connect>) -> Result<Host, HostError> {
+        Host::open_on(config, connect, Arc::new(OnDisk)).await
+    }
+
+    /// Opens the directory, and starts the log writer and the transport. Groups are started one by one after it.
+    pub async fn open_on(
+        config: HostConfig,
+        connect: Arc<dyn Connect>,
+        storage: Arc<dyn Storage>,
+    ) -> Result<Host, HostError> {
         let fatal = Fatal::new();
-        let (prepared, prepared_fatal) = (config.clone(), fatal.clone());
-        let opening = tokio::task::spawn_blocking(move || {
-            let config = prepared;
-            fs::create_dir_all(&config.directory).map_err(host_error)?;
-            let disk = Disk::open(&config.directory, config.limits.block_cache_bytes)?;
-            snapshot::clean_up(&snapshot_directory(&config.directory)).map_err(host_error)?;
+        let (prepared, prepared_fatal, prepared_storage) = (config.clone(), fatal.clone(), storage.clone());
+        let opening = apart(&storage, move || {
+            let (config, storage) = (prepared, prepared_storage);
+            storage.create_folder(&config.directory).map_err(host_error)?;
+            let disk = Disk::open(storage.clone(), &config.directory, config.limits.block_cache_bytes)?;
+            snapshot::clean_up(&*storage, &snapshot_directory(&config.directory)).map_err(host_error)?;
             let identity = Identity::establish(&disk, &config)?;
             let known = disk.incarnations().map_err(host_error)?;
-            let acknowledged = Acknowledged::open(&config.directory).map_err(host_error)?;
+            let acknowledged = Acknowledged::open(&*storage, &config.directory).map_err(host_error)?;
             let marks = acknowledged.marks();
             let queue = config.limits.writer_queue;
             let started = Writer::start(disk.clone(), acknowledged, prepared_fatal, queue);
-            let (writer, thread) = started.map_err(host_error)?;
-            let open = Open { disk, marks, writer: thread };
+            let (writer, running) = started.map_err(host_error)?;
+            let open = Open { disk, marks, writer: running };
             Ok((open, identity, known, writer))
         });
         let opened = opening.await.map_err(|error| HostError::Storage(error.to_string()))?;
         let (open, identity, known, writer) = opened?;
-        let node = Arc::new(Node::new(config, identity, known, fatal, writer, connect));
+        let node = Arc::new(Node::new(config, identity, known, fatal, writer, connect, storage));
         Ok(Host { node, open: Mutex::new(Some(open)) })
     }
 
@@ -116,9 +129,10 @@ impl Host {
         machine: M::Config,
     ) -> Result<(Arc<GroupLog>, Replica<M>), HostError> {
         let ((disk, acknowledged), node) = (self.disk(group)?, self.node.clone());
-        let recovering = tokio::task::spawn_blocking(move || {
+        let recovering = apart(&self.node.storage, move || {
             let limits = &node.config.limits;
-            let snapshots = Snapshots::open(&snapshot_directory(&node.config.directory), group)?;
+            let folder = snapshot_directory(&node.config.directory);
+            let snapshots = Snapshots::open(node.storage.clone(), &folder, group)?;
             let log = GroupLog::open(disk.clone(), group, limits.tail_bytes, acknowledged)?;
             let fatal = node.fatal.clone();
             let replica = Replica::open(disk, group, machine, snapshots, limits.state_cache_bytes, fatal)?;
@@ -178,20 +192,16 @@ impl Host {
         self.node.endpoints.write().expect("nothing panics while it holds this lock").clear();
         self.node.forget_peers();
         self.node.writer.stop().await;
-        let closing = tokio::task::spawn_blocking(move || {
-            // A panic of the writer was its own message.
-            let _ = writer.join();
-            let begun = std::time::Instant::now();
-            while Arc::strong_count(&disk) > 1 && begun.elapsed() < CLOSE_PATIENCE {
-                thread::sleep(Duration::from_millis(1));
-            }
-            if Arc::strong_count(&disk) > 1 {
-                tracing::warn!("the database is still in use");
-            }
-        });
-        if let Err(error) = closing.await {
-            tracing::warn!(%error, "close the database");
+        writer.ended().await;
+        let begun = Instant::now();
+        while Arc::strong_count(&disk) > 1 && begun.elapsed() < CLOSE_PATIENCE {
+            sleep(CLOSE_PAUSE).await;
         }
+        if Arc::strong_count(&disk) > 1 {
+            tracing::warn!("the database is still in use");
+        }
+        // Closing waits for the database's own threads.
+        drop(apart(&self.node.storage, move || drop(disk)).await);
     }
 }
 

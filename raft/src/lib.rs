@@ -1,7 +1,8 @@
 //! Hosts any replicated state machine as a Raft group.
 //!
 //! A node opens one [`Host`]: one database, one log writer, one stream to each other node. On it run any number of groups,
-//! each a [`Group`] around a [`verdict_protocol::machine::Machine`]. Nothing but this crate names openraft or RocksDB.
+//! each a [`Group`] around a [`verdict_protocol::machine::Machine`]. Nothing but this crate names openraft, and nothing but
+//! [`OnDisk`] names RocksDB: all else sees a [`storage::Storage`].
 //!
 //! The way of a proposal: [`Group::start_propose`] queues it; the sequencer (`group`) hands it to openraft; the log (`log`)
 //! keeps it in memory and passes it to the writer (`writer`), which syncs it together with all else that waits, while it
@@ -27,11 +28,13 @@ mod host;
 mod log;
 mod network;
 mod node;
+mod on_disk;
 mod peer;
 mod replica;
 mod service;
 mod snapshot;
 mod state;
+pub mod storage;
 #[cfg(test)]
 mod suite;
 mod types;
@@ -40,6 +43,7 @@ mod writer;
 pub use api::*;
 pub use group::Group;
 pub use host::Host;
+pub use on_disk::OnDisk;
 pub use service::Service;
 
 /// A directive for the log's filter: the library below warns of every message that a dead peer doesn't take, many times a second.

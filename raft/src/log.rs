@@ -27,7 +27,9 @@ use verdict_protocol::ids::GroupId;
 
 use crate::{
     acknowledged::Mark,
-    disk::{Disk, GroupKey, damaged, group_key, io_error, log_key, unseal},
+    disk::{Disk, GroupKey, damaged, group_key, log_key, unseal},
+    state::prefix_end,
+    storage::{Start, Table},
     types::{Command, Entry, LogId, Types, Vote},
     writer::{Operation, Writer},
 };
@@ -226,13 +228,10 @@ impl GroupLog {
 
 impl Inner {
     fn check_all(&mut self, disk: &Disk, group: GroupId) -> io::Result<()> {
-        let mut iterator = disk.db().raw_iterator_cf(disk.log());
-        iterator.seek(log_key(group, 0));
+        let (from, to) = (log_key(group, 0), prefix_end(&group.0.to_be_bytes()));
+        let mut cursor = disk.tables().cursor(Table::Log, &from, to.as_deref(), Start::First);
         let mut expected = self.first;
-        while let Some((key, value)) = iterator.item() {
-            if key.len() != 12 || key[..4] != group.0.to_be_bytes() {
-                break;
-            }
+        while let Some((key, value)) = cursor.item() {
             if key != log_key(group, expected) {
                 return Err(damaged(&format!("entry {expected} of group {group} is missing from the log")));
             }
@@ -244,9 +243,9 @@ impl Inner {
             self.sizes.push_back(entry_bytes(&entry));
             self.last = Some(entry.log_id);
             expected += 1;
-            iterator.next();
+            cursor.next();
         }
-        iterator.status().map_err(io_error)
+        cursor.status()
     }
 
     fn append(&mut self, entry: Entry, sequence: u64) {
@@ -316,14 +315,14 @@ impl Inner {
         let mut bytes = 0;
         if index < end.min(tail_first) {
             let disk = self.disk.as_ref().ok_or_else(|| io::Error::other("the log is closed"))?;
-            let mut iterator = disk.db().raw_iterator_cf(disk.log());
-            iterator.seek(log_key(group, index));
+            let (from, to) = (log_key(group, index), log_key(group, end.min(tail_first)));
+            let mut cursor = disk.tables().cursor(Table::Log, &from, Some(&to), Start::First);
             while index < end.min(tail_first) && (bytes < bytes_max || entries.is_empty()) {
                 let key = log_key(group, index);
-                let value = match iterator.item() {
+                let value = match cursor.item() {
                     Some((found, value)) if found == key => value,
                     _ => {
-                        iterator.status().map_err(io_error)?;
+                        cursor.status()?;
                         return Err(damaged(&format!(
                             "entry {index} of group {group} is missing from the log"
                         )));
@@ -333,7 +332,7 @@ impl Inner {
                 bytes += entry_bytes(&entry) as usize;
                 entries.push(entry);
                 index += 1;
-                iterator.next();
+                cursor.next();
             }
         }
         while index < end && index >= tail_first && (bytes < bytes_max || entries.is_empty()) {

@@ -26,9 +26,11 @@ use verdict_proto::v1;
 use verdict_protocol::ids::GroupId;
 
 use crate::{
+    disk::apart,
     node::Node,
     peer::{self, Answer, Peer, kind},
     snapshot::SnapshotFile,
+    storage::Storage,
     types::{LogId, Types, Vote},
 };
 
@@ -90,25 +92,34 @@ impl Line {
             header: encode(vote).into(),
             data: Default::default(),
         };
-        let file = snapshot.clone();
-        // A piece that can't be read ends the stream early; the other side finds the file cut.
-        let pieces = futures::stream::unfold(0, move |offset| {
-            let file = file.clone();
-            async move {
-                let read = tokio::task::spawn_blocking(move || file.read_at(offset, SNAPSHOT_CHUNK_BYTES));
-                let data = read.await.ok()?.ok().filter(|data| !data.is_empty())?;
-                let next = offset + data.len() as u64;
-                Some((v1::SnapshotChunk { data: data.into(), ..Default::default() }, next))
-            }
-        });
-        let chunks = futures::stream::once(async { first }).chain(pieces);
+        let chunks = chunks(first, snapshot.clone(), self.node.storage.clone());
         let mut client = peer::client(&self.node, self.peer.address()).map_err(unreachable)?;
-        let reply = client.snapshot(chunks).await.map_err(|status| {
+        // Named: the compiler can't see through an opaque future that holds a stream.
+        let sending: BoxFuture<'_, Result<_, tonic::Status>> = Box::pin(client.snapshot(chunks));
+        let reply = sending.await.map_err(|status| {
             peer::heed(&self.node, &status);
             unreachable(status.to_string())
         })?;
         decode(&reply.into_inner().body)
     }
+}
+
+/// The file in pieces. One that can't be read ends the stream early; the other side finds the file cut.
+fn chunks(
+    first: v1::SnapshotChunk,
+    file: SnapshotFile,
+    storage: Arc<dyn Storage>,
+) -> BoxStream<'static, v1::SnapshotChunk> {
+    let pieces = futures::stream::unfold(0, move |offset| {
+        let file = file.clone();
+        let reading = apart(&storage, move || file.read_at(offset, SNAPSHOT_CHUNK_BYTES));
+        async move {
+            let data = reading.await.ok()?.ok().filter(|data| !data.is_empty())?;
+            let next = offset + data.len() as u64;
+            Some((v1::SnapshotChunk { data: data.into(), ..Default::default() }, next))
+        }
+    });
+    futures::stream::once(std::future::ready(first)).chain(pieces).boxed()
 }
 
 impl RaftNetworkV2<Types> for Line {

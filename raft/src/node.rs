@@ -18,6 +18,7 @@ use crate::{
     fatal::Fatal,
     peer::Peer,
     snapshot::SnapshotFile,
+    storage::Storage,
     writer::{Operation, Writer},
 };
 
@@ -57,6 +58,7 @@ pub(crate) struct Node {
     pub(crate) fatal: Fatal,
     pub(crate) writer: Writer,
     pub(crate) connect: Arc<dyn Connect>,
+    pub(crate) storage: Arc<dyn Storage>,
     /// True once the host stops.
     pub(crate) stop: watch::Sender<bool>,
     pub(crate) endpoints: RwLock<BTreeMap<GroupId, Arc<dyn Endpoint>>>,
@@ -72,6 +74,7 @@ impl Node {
         fatal: Fatal,
         writer: Writer,
         connect: Arc<dyn Connect>,
+        storage: Arc<dyn Storage>,
     ) -> Node {
         Node {
             config,
@@ -79,6 +82,7 @@ impl Node {
             fatal,
             writer,
             connect,
+            storage,
             stop: watch::Sender::new(false),
             endpoints: RwLock::default(),
             known: Mutex::new(known),

@@ -28,10 +28,11 @@ use verdict_protocol::{
 };
 
 use crate::{
-    disk::{Disk, GroupKey, group_key},
+    disk::{Disk, GroupKey, apart, group_key},
     fatal::Fatal,
     snapshot::{SnapshotFile, Snapshots},
     state::{AppliedState, GroupStore, remove_other_generations},
+    storage::Storage,
     types::{Entry, LogId, Reply, SnapshotMeta, StoredMembership, Types},
 };
 
@@ -47,6 +48,7 @@ pub(crate) struct Replica<M: Machine> {
     core: Mutex<Core<M>>,
     applied: watch::Sender<Option<LogId>>,
     pub(crate) snapshots: Snapshots,
+    storage: Arc<dyn Storage>,
     fatal: Fatal,
 }
 
@@ -69,9 +71,10 @@ impl<M: Machine> Replica<M> {
     ) -> io::Result<Replica<M>> {
         let generation = disk.read_meta(&group_key(group, GroupKey::Generation))?.unwrap_or(0);
         remove_other_generations(&disk, group, generation)?;
+        let storage = disk.storage().clone();
         let core = Core::open(disk, group, generation, &config, cache_bytes)?;
         let applied = watch::Sender::new(core.state.applied);
-        Ok(Replica { group, config, cache_bytes, core: Mutex::new(core), applied, snapshots, fatal })
+        Ok(Replica { group, config, cache_bytes, core: Mutex::new(core), applied, snapshots, storage, fatal })
     }
 
     /// Looks at the machine and its store between two applies.
@@ -225,7 +228,7 @@ impl<M: Machine> RaftStateMachine<Types> for StateMachine<M> {
     async fn get_snapshot_builder(&mut self) -> Building {
         let (taken, wait) = oneshot::channel();
         let replica = self.0.clone();
-        let job = tokio::task::spawn_blocking(move || {
+        let job = apart(&self.0.storage, move || {
             let (disk, generation) = replica.disk()?;
             let told = move || {
                 // Whoever waited may have been stopped.
@@ -241,7 +244,7 @@ impl<M: Machine> RaftStateMachine<Types> for StateMachine<M> {
 
     async fn install_snapshot(&mut self, _: &SnapshotMeta, snapshot: SnapshotFile) -> io::Result<()> {
         let replica = self.0.clone();
-        let job = tokio::task::spawn_blocking(move || replica.install(&snapshot));
+        let job = apart(&self.0.storage, move || replica.install(&snapshot));
         let outcome = job.await.unwrap_or_else(|error| Err(io::Error::other(error.to_string())));
         if let Err(error) = &outcome {
             self.0.fatal.raise(&format!("install a snapshot of group {}: {error}", self.0.group));

@@ -13,16 +13,18 @@ use futures::{
     future::{BoxFuture, poll_fn},
     stream::FuturesUnordered,
 };
-use tokio::{io::AsyncWriteExt, sync::mpsc, time::timeout};
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use verdict_proto::v1::{self, raft_server};
 use verdict_protocol::ids::{GroupId, NodeId};
 
 use crate::{
+    disk::apart,
     node::{Endpoint, Node, Refusal, stopping},
     peer::{FRAME_MESSAGES, FRAMES, kind},
     snapshot::{self, SnapshotFile},
+    storage::{Open, Storage},
 };
 
 /// Requests of one connection that are being worked on.
@@ -89,14 +91,14 @@ impl raft_server::Raft for Service {
         self.greeted(first.hello).await?;
         let endpoint =
             self.node.endpoint(first.group).ok_or_else(|| Status::not_found(no_group(first.group)))?;
-        let path = endpoint.temporary();
-        let received = receive(&mut incoming, &path, first.group, self.patience()).await;
+        let (path, storage) = (endpoint.temporary(), &self.node.storage);
+        let received = receive(&mut incoming, storage, &path, first.group, self.patience()).await;
         let installed = match received {
             Ok(file) => endpoint.install(first.header, file).await.map_err(Status::aborted),
             Err(status) => Err(status),
         };
         // Installed, it has another name; else it is of no use.
-        let _ = tokio::fs::remove_file(&path).await;
+        let _ = storage.remove(&path);
         Ok(Response::new(v1::SnapshotReply { body: installed?.into() }))
     }
 }
@@ -115,24 +117,30 @@ async fn lost(node: &Node, from: NodeId) {
 /// Writes what comes into a file, and checks the whole of it.
 async fn receive(
     incoming: &mut Streaming<v1::SnapshotChunk>,
+    storage: &Arc<dyn Storage>,
     path: &std::path::Path,
     group: u32,
     patience: Duration,
 ) -> Result<SnapshotFile, Status> {
     let failed = |error: std::io::Error| Status::internal(format!("receive a snapshot: {error}"));
-    let mut file = tokio::fs::File::create(path).await.map_err(failed)?;
+    let file = storage.open(path, Open::Empty).map_err(failed)?;
+    let mut written = 0;
     loop {
         let chunk = timeout(patience, incoming.message()).await;
         match chunk.map_err(|_| Status::deadline_exceeded("the snapshot doesn't go on"))?? {
-            Some(chunk) => file.write_all(&chunk.data).await.map_err(failed)?,
+            Some(chunk) => {
+                let (file, offset) = (file.clone(), written);
+                written += chunk.data.len() as u64;
+                let writing = apart(storage, move || file.write_all_at(&chunk.data, offset));
+                writing.await.map_err(|error| Status::internal(error.to_string()))?.map_err(failed)?;
+            }
             None => break,
         }
     }
-    file.sync_all().await.map_err(failed)?;
-    drop(file);
-    let path = path.to_owned();
-    let checked = tokio::task::spawn_blocking(move || {
-        let file = snapshot::received(path)?;
+    let (path, reading) = (path.to_owned(), storage.clone());
+    let checked = apart(storage, move || {
+        file.sync()?;
+        let file = snapshot::received(&*reading, path)?;
         snapshot::verify(&file, GroupId(group)).map(|_| file)
     });
     checked.await.map_err(|error| Status::internal(error.to_string()))?.map_err(failed)

@@ -4,9 +4,7 @@
 //! whole, or its hash tells. The format is described in `docs/storage.md`.
 
 use std::{
-    fs::{self, File},
-    io::{self, BufReader, BufWriter, Read, Write},
-    os::unix::fs::FileExt,
+    io::{self, BufReader, Read},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard,
@@ -14,13 +12,13 @@ use std::{
     },
 };
 
-use rocksdb::{ReadOptions, WriteBatch};
 use serde::{Deserialize, Serialize};
 use verdict_protocol::ids::GroupId;
 
 use crate::{
-    disk::{Disk, damaged, io_error, unseal},
+    disk::{Disk, damaged, unseal},
     state::{AppliedState, prefix, prefix_end},
+    storage::{File, Open, Start, Storage, Table},
     types::{SnapshotMeta, checksum},
 };
 
@@ -45,15 +43,15 @@ struct Header {
 #[derive(Clone, Debug)]
 pub(crate) struct SnapshotFile {
     pub(crate) path: PathBuf,
-    pub(crate) file: Arc<File>,
+    pub(crate) file: Arc<dyn File>,
     pub(crate) bytes: u64,
 }
 
 impl SnapshotFile {
-    fn open(path: PathBuf) -> io::Result<SnapshotFile> {
-        let file = File::open(&path)?;
-        let bytes = file.metadata()?.len();
-        Ok(SnapshotFile { path, file: Arc::new(file), bytes })
+    fn open(storage: &dyn Storage, path: PathBuf) -> io::Result<SnapshotFile> {
+        let file = storage.open(&path, Open::Existing)?;
+        let bytes = file.bytes()?;
+        Ok(SnapshotFile { path, file, bytes })
     }
 
     /// The next bytes from `offset`, at most `bytes_max` of them; none at the end.
@@ -67,6 +65,7 @@ impl SnapshotFile {
 
 /// The snapshots of one group.
 pub(crate) struct Snapshots {
+    storage: Arc<dyn Storage>,
     group: GroupId,
     directory: PathBuf,
     current: Mutex<Option<(SnapshotMeta, SnapshotFile)>>,
@@ -75,34 +74,33 @@ pub(crate) struct Snapshots {
 
 impl Snapshots {
     /// Finds the newest snapshot of a group and removes older ones.
-    pub(crate) fn open(directory: &Path, group: GroupId) -> io::Result<Snapshots> {
+    pub(crate) fn open(storage: Arc<dyn Storage>, directory: &Path, group: GroupId) -> io::Result<Snapshots> {
         let mut found: Vec<PathBuf> = Vec::new();
-        for entry in fs::read_dir(directory)? {
-            let path = entry?.path();
+        for path in storage.list(directory)? {
             let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             if name.starts_with(&format!("{:08}-", group.0)) && name.ends_with(".snapshot") {
                 found.push(path);
             }
         }
-        found.sort();
         let mut current = None;
         while let Some(path) = found.pop() {
             if current.is_some() {
-                fs::remove_file(&path)?;
+                storage.remove(&path)?;
                 continue;
             }
-            let file = SnapshotFile::open(path)?;
-            match read_header(&mut BufReader::new(&*file.file)) {
+            let file = SnapshotFile::open(&*storage, path)?;
+            match read_header(&mut BufReader::new(FileAt { file: &file, offset: 0 })) {
                 Ok(header) if header.group == group.0 => current = Some((header.meta, file)),
                 // The state itself is in the database; a new snapshot will be made from it.
                 Ok(_) | Err(_) => {
                     tracing::warn!(path = %file.path.display(), "set a damaged snapshot aside");
-                    fs::rename(&file.path, file.path.with_extension("damaged"))?;
+                    storage.rename(&file.path, &file.path.with_extension("damaged"))?;
                 }
             }
         }
         let current = Mutex::new(current);
-        Ok(Snapshots { group, directory: directory.to_owned(), current, stop: AtomicBool::new(false) })
+        let (directory, stop) = (directory.to_owned(), AtomicBool::new(false));
+        Ok(Snapshots { storage, group, directory, current, stop })
     }
 
     /// The newest snapshot.
@@ -127,31 +125,28 @@ impl Snapshots {
         generation: u32,
         taken: impl FnOnce(),
     ) -> io::Result<(SnapshotMeta, SnapshotFile)> {
-        let view = disk.db().snapshot();
+        let view = disk.tables().view();
         taken();
         let start = prefix(self.group, generation);
-        let applied = view.get_cf(disk.state(), [&start, APPLIED].concat()).map_err(io_error)?;
+        let applied = view.get(Table::State, &[&start, APPLIED].concat())?;
         let state: AppliedState = match applied {
             None => AppliedState::default(),
             Some(value) => unseal(APPLIED, &value)?,
         };
         let meta = SnapshotMeta { last_log_id: state.applied, last_membership: state.membership };
-        let mut options = ReadOptions::default();
-        options.fill_cache(false);
-        options.set_iterate_upper_bound(prefix_end(&start).expect("group and generation are never all ones"));
-        let mut iterator = view.raw_iterator_cf_opt(disk.state(), options);
-        iterator.seek(start);
+        let end = prefix_end(&start).expect("group and generation are never all ones");
+        let mut cursor = view.cursor(Table::State, &start, Some(&end), Start::First);
 
         let path = self.temporary();
-        let mut writer = FileWriter::create(&path, self.group, &meta)?;
-        while let Some((key, value)) = iterator.item() {
+        let mut writer = FileWriter::create(&*self.storage, &path, self.group, &meta)?;
+        while let Some((key, value)) = cursor.item() {
             if self.stop.load(Ordering::Acquire) {
                 return Err(io::Error::other("the host was shut down"));
             }
             writer.pair(&key[start.len()..], value)?;
-            iterator.next();
+            cursor.next();
         }
-        iterator.status().map_err(io_error)?;
+        cursor.status()?;
         writer.finish()?;
         self.publish(&path, meta)
     }
@@ -167,19 +162,18 @@ impl Snapshots {
         if let Some((newest, file)) = &*current
             && newest.last_log_id > meta.last_log_id
         {
-            fs::remove_file(path)?;
+            self.storage.remove(path)?;
             return Ok((newest.clone(), file.clone()));
         }
         let index = meta.last_log_id.map_or(0, |id| id.index);
         let name = self.directory.join(format!("{:08}-{index:020}.snapshot", self.group.0));
-        fs::rename(path, &name)?;
-        File::open(&self.directory)?.sync_all()?;
-        let file = SnapshotFile::open(name.clone())?;
+        self.storage.rename(path, &name)?;
+        let file = SnapshotFile::open(&*self.storage, name.clone())?;
         let before = current.replace((meta.clone(), file.clone()));
         if let Some((_, before)) = before
             && before.path != name
         {
-            fs::remove_file(before.path)?;
+            self.storage.remove(&before.path)?;
         }
         Ok((meta, file))
     }
@@ -189,13 +183,13 @@ impl Snapshots {
         let start = prefix(self.group, generation);
         let mut reader = FileReader::open(file, self.group)?;
         while let Some(chunk) = reader.chunk()? {
-            let mut batch = WriteBatch::default();
+            let mut batch = disk.tables().batch();
             let mut rest = chunk.as_slice();
             while !rest.is_empty() {
                 let (key, value) = split_pair(&mut rest)?;
-                batch.put_cf(disk.state(), [&start, key].concat(), value);
+                batch.put(Table::State, &[&start, key].concat(), value);
             }
-            disk.db().write(batch).map_err(io_error)?;
+            batch.write()?;
         }
         Ok(reader.header.meta)
     }
@@ -218,32 +212,40 @@ pub(crate) fn meta(file: &SnapshotFile, group: GroupId) -> io::Result<SnapshotMe
 }
 
 /// A file that was received under a temporary name.
-pub(crate) fn received(path: PathBuf) -> io::Result<SnapshotFile> {
-    SnapshotFile::open(path)
+pub(crate) fn received(storage: &dyn Storage, path: PathBuf) -> io::Result<SnapshotFile> {
+    SnapshotFile::open(storage, path)
 }
 
 /// Removes what was never finished.
-pub(crate) fn clean_up(directory: &Path) -> io::Result<()> {
-    fs::create_dir_all(directory)?;
-    for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
+pub(crate) fn clean_up(storage: &dyn Storage, directory: &Path) -> io::Result<()> {
+    storage.create_folder(directory)?;
+    for path in storage.list(directory)? {
         if path.extension().is_some_and(|extension| extension == "tmp") {
-            fs::remove_file(path)?;
+            storage.remove(&path)?;
         }
     }
     Ok(())
 }
 
 struct FileWriter {
-    file: BufWriter<File>,
+    file: Arc<dyn File>,
+    written: u64,
+    /// Bytes that aren't in the file yet.
+    waiting: Vec<u8>,
     hasher: blake3::Hasher,
     chunk: Vec<u8>,
 }
 
 impl FileWriter {
-    fn create(path: &Path, group: GroupId, meta: &SnapshotMeta) -> io::Result<FileWriter> {
-        let file = BufWriter::with_capacity(CHUNK_BYTES, File::create(path)?);
-        let mut writer = FileWriter { file, hasher: blake3::Hasher::new(), chunk: Vec::new() };
+    fn create(
+        storage: &dyn Storage,
+        path: &Path,
+        group: GroupId,
+        meta: &SnapshotMeta,
+    ) -> io::Result<FileWriter> {
+        let file = storage.open(path, Open::Empty)?;
+        let (waiting, hasher, chunk) = (Vec::new(), blake3::Hasher::new(), Vec::new());
+        let mut writer = FileWriter { file, written: 0, waiting, hasher, chunk };
         let header = Header { group: group.0, meta: meta.clone() };
         let header = postcard::to_stdvec(&header).expect("encoding into memory can't fail");
         writer.write(MAGIC)?;
@@ -273,14 +275,22 @@ impl FileWriter {
         }
         self.write(&0_u32.to_be_bytes())?;
         let hash = *self.hasher.finalize().as_bytes();
-        self.file.write_all(&hash)?;
-        self.file.flush()?;
-        self.file.get_ref().sync_all()
+        self.waiting.extend_from_slice(&hash);
+        self.flush()?;
+        self.file.sync()
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.hasher.update(bytes);
-        self.file.write_all(bytes)
+        self.waiting.extend_from_slice(bytes);
+        if self.waiting.len() >= CHUNK_BYTES { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.waiting, self.written)?;
+        self.written += self.waiting.len() as u64;
+        self.waiting.clear();
+        Ok(())
     }
 }
 
@@ -330,9 +340,10 @@ struct FileAt<'a> {
 
 impl Read for FileAt<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.file.file.read_at(buffer, self.offset)?;
-        self.offset += read as u64;
-        Ok(read)
+        let read = (self.file.bytes.saturating_sub(self.offset)).min(buffer.len() as u64);
+        self.file.file.read_exact_at(&mut buffer[..read as usize], self.offset)?;
+        self.offset += read;
+        Ok(read as usize)
     }
 }
 

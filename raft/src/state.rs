@@ -17,7 +17,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use rocksdb::{ReadOptions, WriteBatch};
 use serde::{Deserialize, Serialize};
 use verdict_protocol::{
     ids::GroupId,
@@ -25,7 +24,8 @@ use verdict_protocol::{
 };
 
 use crate::{
-    disk::{Disk, io_error, seal, unseal},
+    disk::{Disk, seal, unseal},
+    storage::{Start, Table},
     types::{LogId, StoredMembership},
 };
 
@@ -64,26 +64,26 @@ pub(crate) fn prefix_end(prefix: &[u8]) -> Option<Vec<u8>> {
 /// Removes all keys of a group but those of `generation`.
 pub(crate) fn remove_other_generations(disk: &Disk, group: GroupId, generation: u32) -> io::Result<()> {
     let kept = prefix(group, generation);
-    let mut batch = WriteBatch::default();
+    let mut batch = disk.tables().batch();
+    let mut any = false;
     let start = prefix(group, 0);
     if kept > start && any_key(disk, &start, &kept)? {
-        batch.delete_range_cf(disk.state(), start, kept);
+        batch.delete_range(Table::State, &start, &kept);
+        any = true;
     }
     if let (Some(after), Some(end)) = (prefix_end(&kept), prefix_end(&group.0.to_be_bytes()))
         && any_key(disk, &after, &end)?
     {
-        batch.delete_range_cf(disk.state(), after, end);
+        batch.delete_range(Table::State, &after, &end);
+        any = true;
     }
-    if batch.is_empty() { Ok(()) } else { disk.db().write(batch).map_err(io_error) }
+    if any { batch.write() } else { Ok(()) }
 }
 
 fn any_key(disk: &Disk, from: &[u8], to: &[u8]) -> io::Result<bool> {
-    let mut options = ReadOptions::default();
-    options.set_iterate_upper_bound(to);
-    let mut iterator = disk.db().raw_iterator_cf_opt(disk.state(), options);
-    iterator.seek(from);
-    iterator.status().map_err(io_error)?;
-    Ok(iterator.valid())
+    let cursor = disk.tables().cursor(Table::State, from, Some(to), Start::First);
+    cursor.status()?;
+    Ok(cursor.item().is_some())
 }
 
 /// The state of one group, in one generation.
@@ -108,7 +108,7 @@ impl GroupStore {
     /// How far the state in the database goes.
     pub(crate) fn applied_state(&self) -> io::Result<AppliedState> {
         let disk = self.disk().map_err(|error| io::Error::other(error.to_string()))?;
-        match disk.db().get_cf(disk.state(), self.key(APPLIED)).map_err(io_error)? {
+        match disk.tables().get(Table::State, &self.key(APPLIED))? {
             None => Ok(AppliedState::default()),
             Some(value) => unseal(APPLIED, &value),
         }
@@ -117,16 +117,16 @@ impl GroupStore {
     /// Writes all changes and the applied log id in one atomic step, without sync.
     pub(crate) fn commit(&mut self, state: &AppliedState) -> io::Result<()> {
         let disk = self.disk().map_err(|error| io::Error::other(error.to_string()))?.clone();
-        let mut batch = WriteBatch::default();
+        let mut batch = disk.tables().batch();
         for (key, value) in &self.changes {
             let key = self.machine_key(key);
             match value {
-                Some(value) => batch.put_cf(disk.state(), key, value),
-                None => batch.delete_cf(disk.state(), key),
+                Some(value) => batch.put(Table::State, &key, value),
+                None => batch.delete(Table::State, &key),
             }
         }
-        batch.put_cf(disk.state(), self.key(APPLIED), seal(APPLIED, state));
-        disk.db().write(batch).map_err(io_error)?;
+        batch.put(Table::State, &self.key(APPLIED), &seal(APPLIED, state));
+        batch.write()?;
         let cache = self.cache.get_mut();
         for (key, value) in std::mem::take(&mut self.changes) {
             cache.set(key, value);
@@ -152,7 +152,7 @@ impl GroupStore {
     }
 }
 
-fn store_error(error: rocksdb::Error) -> StoreError {
+fn store_error(error: io::Error) -> StoreError {
     StoreError(error.to_string())
 }
 
@@ -166,8 +166,7 @@ impl Store for GroupStore {
             return Ok(value);
         }
         let disk = self.disk()?;
-        let value = disk.db().get_pinned_cf(disk.state(), self.machine_key(key)).map_err(store_error)?;
-        let value = value.map(|value| Bytes::copy_from_slice(&value));
+        let value = disk.tables().get(Table::State, &self.machine_key(key)).map_err(store_error)?;
         cache.set(key.to_vec(), value.clone());
         Ok(value)
     }
@@ -192,10 +191,8 @@ impl Store for GroupStore {
             return Ok(());
         }
         let disk = self.disk()?;
-        let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(self.machine_key(to));
-        let mut stored = disk.db().raw_iterator_cf_opt(disk.state(), options);
-        stored.seek(self.machine_key(from));
+        let (start, end) = (self.machine_key(from), self.machine_key(to));
+        let mut stored = disk.tables().cursor(Table::State, &start, Some(&end), Start::First);
         let mut changed =
             self.changes.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))).peekable();
         loop {
@@ -230,11 +227,8 @@ impl Store for GroupStore {
             return Ok(None);
         }
         let disk = self.disk()?;
-        let mut options = ReadOptions::default();
-        options.set_iterate_lower_bound(self.machine_key(from));
-        options.set_iterate_upper_bound(self.machine_key(to));
-        let mut stored = disk.db().raw_iterator_cf_opt(disk.state(), options);
-        stored.seek_to_last();
+        let (start, end) = (self.machine_key(from), self.machine_key(to));
+        let mut stored = disk.tables().cursor(Table::State, &start, Some(&end), Start::Last);
         let mut changed =
             self.changes.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))).rev().peekable();
         loop {

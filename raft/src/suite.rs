@@ -18,8 +18,10 @@ use crate::{
     disk::{Disk, snapshot_directory},
     fatal::Fatal,
     log::{GroupLog, LogStore},
+    on_disk::OnDisk,
     replica::{Replica, StateMachine},
     snapshot::{self, Snapshots},
+    storage::Storage,
     types::Types,
     writer::Writer,
 };
@@ -48,15 +50,15 @@ impl StoreBuilder<Types, LogStore, StateMachine<Nothing>, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, LogStore, StateMachine<Nothing>), StorageError<Types>> {
         let group = GroupId(7);
         let directory = tempfile::tempdir().unwrap();
-        let disk = Disk::open(directory.path(), 1 << 20).unwrap();
+        let storage: Arc<dyn Storage> = Arc::new(OnDisk);
+        let disk = Disk::open(storage.clone(), directory.path(), 1 << 20).unwrap();
         let snapshots = snapshot_directory(directory.path());
-        snapshot::clean_up(&snapshots).unwrap();
-        let snapshots = Snapshots::open(&snapshots, group).unwrap();
+        snapshot::clean_up(&*storage, &snapshots).unwrap();
+        let snapshots = Snapshots::open(storage.clone(), &snapshots, group).unwrap();
         let (fatal, log) =
             (Fatal::new(), GroupLog::open(disk.clone(), group, TAIL_BYTES, Mark::default()).unwrap());
-        let (writer, _) =
-            Writer::start(disk.clone(), Acknowledged::open(directory.path()).unwrap(), fatal.clone(), 64)
-                .unwrap();
+        let acknowledged = Acknowledged::open(&*storage, directory.path()).unwrap();
+        let (writer, _) = Writer::start(disk.clone(), acknowledged, fatal.clone(), 64).unwrap();
         let replica = Replica::open(disk, group, (), snapshots, 1 << 20, fatal).unwrap();
         Ok((directory, LogStore::new(log, writer), StateMachine(Arc::new(replica))))
     }

@@ -1,4 +1,4 @@
-//! The log writer: one thread for the node through which everything goes that must be durable before it is told.
+//! The log writer: one for the node, on a thread of its own, through which everything goes that must be durable before it is told.
 //!
 //! Group commit: take all that waits, write it as one batch, sync once, then tell everybody, in order. While a sync runs, the
 //! next batch gathers; so load makes batches larger, and nobody waits for a timer.
@@ -18,14 +18,14 @@ use std::{
 };
 
 use openraft::storage::IOFlushed;
-use rocksdb::WriteBatch;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     acknowledged::{Acknowledged, Mark},
-    disk::{Disk, GroupKey, group_key, io_error, log_key, seal},
+    disk::{Disk, GroupKey, group_key, log_key, seal},
     fatal::Fatal,
     log::GroupLog,
+    storage::{Batch as Changes, Table},
     types::{Entry, LogId, Types, Vote},
 };
 
@@ -66,12 +66,17 @@ impl Writer {
         acknowledged: Acknowledged,
         fatal: Fatal,
         queue: usize,
-    ) -> io::Result<(Writer, thread::JoinHandle<()>)> {
+    ) -> io::Result<(Writer, Running)> {
         let (sender, receiver) = mpsc::channel(queue);
         let writer = Writer { queue: sender, fatal: fatal.clone(), fail: Arc::default() };
         let worker = Worker { disk, acknowledged, fatal, queue: receiver, fail: writer.fail.clone() };
-        let thread = thread::Builder::new().name("log-writer".to_owned()).spawn(move || worker.run())?;
-        Ok((writer, thread))
+        let running = if worker.disk.storage().waits() {
+            let run = move || futures::executor::block_on(worker.run());
+            Running::Thread(thread::Builder::new().name("log-writer".to_owned()).spawn(run)?)
+        } else {
+            Running::Task(tokio::spawn(worker.run()))
+        };
+        Ok((writer, running))
     }
 
     /// Hands an operation in; waits while the queue is full.
@@ -99,6 +104,24 @@ impl Writer {
     }
 }
 
+/// The writer at work.
+pub(crate) enum Running {
+    /// On its own thread.
+    Thread(thread::JoinHandle<()>),
+    /// Among the other tasks, where the disk makes no thread wait.
+    Task(tokio::task::JoinHandle<()>),
+}
+
+impl Running {
+    /// Waits until it has ended. A panic of the writer was its own message.
+    pub(crate) async fn ended(self) {
+        match self {
+            Running::Thread(thread) => drop(tokio::task::spawn_blocking(|| thread.join()).await),
+            Running::Task(task) => drop(task.await),
+        }
+    }
+}
+
 struct Worker {
     disk: Arc<Disk>,
     acknowledged: Acknowledged,
@@ -108,43 +131,44 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(mut self) {
+    async fn run(mut self) {
         let mut stop = false;
         while !stop {
-            let Some(first) = self.queue.blocking_recv() else { return };
-            let mut batch = Batch::default();
-            stop = batch.add(&self.disk, first);
+            let Some(first) = self.queue.recv().await else { return };
+            let mut batch = Batch::new(&self.disk);
+            stop = batch.add(first);
             while !stop && batch.has_room() {
                 match self.queue.try_recv() {
-                    Ok(next) => stop = batch.add(&self.disk, next),
+                    Ok(next) => stop = batch.add(next),
                     Err(_) => break,
                 }
             }
-            let outcome = self.write(&mut batch);
-            batch.tell(outcome);
+            let waiting = std::mem::take(&mut batch.waiting);
+            let outcome = self.write(batch).await;
+            tell(waiting, outcome);
         }
     }
 
-    fn write(&mut self, batch: &mut Batch) -> Result<(), String> {
+    async fn write(&mut self, batch: Batch) -> Result<(), String> {
         if let Err(error) = self.fatal.check() {
             return Err(error.to_string());
         }
-        let written = self.write_and_sync(batch).map_err(|error| error.to_string());
+        let written = self.write_and_sync(batch).await.map_err(|error| error.to_string());
         if let Err(error) = &written {
             self.fatal.raise(&format!("write and sync the log: {error}"));
         }
         written
     }
 
-    fn write_and_sync(&mut self, batch: &mut Batch) -> io::Result<()> {
-        batch.add_committed(&self.disk);
+    async fn write_and_sync(&mut self, mut batch: Batch) -> io::Result<()> {
+        batch.add_committed();
         let marks: Vec<(u32, Mark)> = batch.logs.iter().map(|log| (log.group().0, log.queued())).collect();
         if batch.truncates {
             self.acknowledged.update(&marks, true)?;
         }
-        self.disk.db().write(std::mem::take(&mut batch.writes)).map_err(io_error)?;
+        batch.changes.write()?;
         // Apart from the write, so that writers of state needn't wait for the disk.
-        self.disk.db().flush_wal(true).map_err(io_error)?;
+        self.disk.tables().sync_in_time().await?;
         if self.fail.swap(false, Ordering::AcqRel) {
             return Err(io::Error::other("injected failure"));
         }
@@ -152,26 +176,29 @@ impl Worker {
     }
 }
 
-#[derive(Default)]
 struct Batch {
-    writes: WriteBatch,
+    changes: Box<dyn Changes>,
     waiting: Vec<Waiting>,
     logs: Vec<Arc<GroupLog>>,
     truncates: bool,
 }
 
 impl Batch {
+    fn new(disk: &Disk) -> Batch {
+        Batch { changes: disk.tables().batch(), waiting: Vec::new(), logs: Vec::new(), truncates: false }
+    }
+
     fn has_room(&self) -> bool {
-        self.waiting.len() < BATCH_OPERATIONS_MAX && self.writes.size_in_bytes() < BATCH_BYTES_MAX
+        self.waiting.len() < BATCH_OPERATIONS_MAX && self.changes.bytes() < BATCH_BYTES_MAX
     }
 
     /// Adds an operation. True: stop after this batch.
-    fn add(&mut self, disk: &Disk, operation: Operation) -> bool {
+    fn add(&mut self, operation: Operation) -> bool {
         match operation {
             Operation::Append { log, sequence, entries, done } => {
                 for entry in &entries {
                     let key = log_key(log.group(), entry.log_id.index);
-                    self.writes.put_cf(disk.log(), key, seal(&key, entry));
+                    self.changes.put(Table::Log, &key, &seal(&key, entry));
                 }
                 if let Some(last) = entries.last() {
                     log.set_queued_last(last.log_id.index);
@@ -181,7 +208,7 @@ impl Batch {
             }
             Operation::Truncate { log, from, to, done } => {
                 for index in from..=to {
-                    self.writes.delete_cf(disk.log(), log_key(log.group(), index));
+                    self.changes.delete(Table::Log, &log_key(log.group(), index));
                 }
                 log.set_queued_last(from.saturating_sub(1));
                 self.truncates = true;
@@ -191,23 +218,24 @@ impl Batch {
             Operation::Purge { log, from, upto, done } => {
                 let (group, end) = (log.group(), upto.index + 1);
                 if from < end {
-                    self.writes.delete_range_cf(disk.log(), log_key(group, from), log_key(group, end));
+                    let (from, end) = (log_key(group, from), log_key(group, end));
+                    self.changes.delete_range(Table::Log, &from, &end);
                 }
                 let key = group_key(group, GroupKey::Purged);
-                self.writes.put_cf(disk.meta(), key, seal(&key, &upto));
+                self.changes.put(Table::Meta, &key, &seal(&key, &upto));
                 log.raise_queued_last(upto.index);
                 self.note(&log);
                 self.waiting.push(Waiting::Done(done));
             }
             Operation::Vote { log, vote, done } => {
                 let key = group_key(log.group(), GroupKey::Vote);
-                self.writes.put_cf(disk.meta(), key, seal(&key, &vote));
+                self.changes.put(Table::Meta, &key, &seal(&key, &vote));
                 log.set_queued_vote(vote.leader_id.term);
                 self.note(&log);
                 self.waiting.push(Waiting::Done(done));
             }
             Operation::Meta { key, value, done } => {
-                self.writes.put_cf(disk.meta(), key, value);
+                self.changes.put(Table::Meta, &key, &value);
                 self.waiting.push(Waiting::Done(done));
             }
             Operation::Stop => return true,
@@ -222,28 +250,29 @@ impl Batch {
     }
 
     /// Writes along what is known to be committed, no further than what this batch makes durable.
-    fn add_committed(&mut self, disk: &Disk) {
+    fn add_committed(&mut self) {
         for log in &self.logs {
             if let Some(committed) = log.committed_to_write() {
                 let key = group_key(log.group(), GroupKey::Committed);
-                self.writes.put_cf(disk.meta(), key, seal(&key, &committed));
+                self.changes.put(Table::Meta, &key, &seal(&key, &committed));
             }
         }
     }
+}
 
-    fn tell(self, outcome: Result<(), String>) {
-        for waiting in self.waiting {
-            let outcome = outcome.clone().map_err(io::Error::other);
-            match waiting {
-                Waiting::Flushed(log, sequence, done) => {
-                    if outcome.is_ok() {
-                        log.written(sequence);
-                    }
-                    done.io_completed(outcome);
+/// Tells everybody who waits, in order.
+fn tell(all: Vec<Waiting>, outcome: Result<(), String>) {
+    for waiting in all {
+        let outcome = outcome.clone().map_err(io::Error::other);
+        match waiting {
+            Waiting::Flushed(log, sequence, done) => {
+                if outcome.is_ok() {
+                    log.written(sequence);
                 }
-                // Whoever has stopped waiting is told nothing.
-                Waiting::Done(done) => drop(done.send(outcome)),
+                done.io_completed(outcome);
             }
+            // Whoever has stopped waiting is told nothing.
+            Waiting::Done(done) => drop(done.send(outcome)),
         }
     }
 }
