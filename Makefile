@@ -10,13 +10,16 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help demo dev test verify fix deny setup
+.PHONY: help demo check dev test verify fix deny setup
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: setup ## Settles a tape on a cluster of three processes while leaders are killed
 	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- demo $(ARGS)
+
+check: ## Visits every state of small clusters; ARGS=--full the large ones, ARGS=--list tells them
+	cargo run --locked --release -p verdict-check -- $(ARGS)
 
 dev: setup ## Starts a durable cluster of three nodes in one process, for development against it
 	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- dev $(ARGS)

@@ -1,7 +1,11 @@
-//! Messages, decisions and replies in words, for traces and golden scripts. Nothing depends on how they look.
+//! Messages, decisions and replies in words, and the words of golden scripts as rows and operations: for tests, models and
+//! traces. Nothing of the product depends on how they look.
+
+use bytes::Bytes;
 
 use crate::{
-    ids::{BatchId, Number},
+    batch::{Condition, Operation, OperationKind, Placement, RowKey},
+    ids::{BatchId, Number, ShardId, Stamp},
     leader::Reply,
     messages::{Abort, Decision, FromShard, Met, RowValue, ShardRead, ShardReadAnswer, ToShard, VoteKind},
 };
@@ -136,4 +140,46 @@ pub fn read_answer(answer: &ShardReadAnswer) -> String {
         ShardReadAnswer::TooLarge => "too large".to_owned(),
         ShardReadAnswer::History { changes, .. } => format!("{} changes", changes.len()),
     }
+}
+
+/// `name@shard` or `name@shard/r`: a partition that the placement puts on that shard. Panics if it isn't one.
+pub fn row_of(placement: Placement, text: &str) -> RowKey {
+    let (text, name) = text.strip_suffix("/r").map_or((text, "USD"), |text| (text, "r"));
+    let (user, shard) = text.split_once('@').unwrap_or_else(|| panic!("{text} is no row"));
+    let shard = ShardId(shard.parse().expect("a shard is a number"));
+    let mut partitions = (0..).map(|place| format!("{user}@{shard}.{place}"));
+    let partition =
+        partitions.find(|partition| placement.shard_of(partition) == shard).expect("there is one");
+    RowKey::new(&partition, name).expect("it is short")
+}
+
+/// `add ROW DELTA [floor N] [ceiling N]`, `put|insert ROW TEXT`, `delete ROW`, `exists|absent ROW`, `version ROW N`, `is ROW TEXT`,
+/// `atleast|atmost|equals ROW N`. Panics at anything else.
+pub fn operation_of(placement: Placement, text: &str) -> Operation {
+    let mut words = text.split_whitespace();
+    let mut word = || words.next().unwrap_or_else(|| panic!("{text:?} is too short"));
+    let (verb, row) = (word(), row_of(placement, word()));
+    let number = |text: &str| text.parse::<i128>().unwrap_or_else(|_| panic!("{text:?} is no number"));
+    let bytes = |text: &str| Bytes::copy_from_slice(text.as_bytes());
+    let kind = match verb {
+        "add" => {
+            let delta = number(word());
+            let rest: Vec<&str> = words.collect();
+            let bound =
+                |name: &str| rest.iter().position(|word| *word == name).map(|place| number(rest[place + 1]));
+            OperationKind::Add { delta, floor: bound("floor"), ceiling: bound("ceiling") }
+        }
+        "put" => OperationKind::Put(bytes(word())),
+        "insert" => OperationKind::Insert(bytes(word())),
+        "delete" => OperationKind::Delete,
+        "exists" => OperationKind::Require(Condition::Exists(true)),
+        "absent" => OperationKind::Require(Condition::Exists(false)),
+        "version" => OperationKind::Require(Condition::VersionIs(Stamp(number(word()) as u64))),
+        "is" => OperationKind::Require(Condition::RecordIs(bytes(word()))),
+        "atleast" => OperationKind::Require(Condition::AtLeast(number(word()))),
+        "atmost" => OperationKind::Require(Condition::AtMost(number(word()))),
+        "equals" => OperationKind::Require(Condition::BalanceIs(number(word()))),
+        _ => panic!("{verb} is no operation"),
+    };
+    Operation { row, kind }
 }

@@ -17,10 +17,9 @@ mod world;
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 
-use bytes::Bytes;
 use verdict_protocol::{
-    batch::{Batch, Condition, Operation, OperationKind, Placement, RowKey},
-    ids::{BatchId, Millis, ShardId, Stamp},
+    batch::Batch,
+    ids::{BatchId, Millis, ShardId},
     leader::{Event, Token},
     show::{self, name_of},
 };
@@ -37,46 +36,6 @@ struct Script {
 fn id_of(name: &str) -> BatchId {
     let letter = name.bytes().next().expect("a batch has a name");
     BatchId::from_parts(Millis(START.0 + u64::from(letter)), [letter; 10])
-}
-
-/// `name@shard` or `name@shard/r`: a partition that the placement puts on that shard.
-fn row_of(placement: Placement, text: &str) -> RowKey {
-    let (text, name) = text.strip_suffix("/r").map_or((text, "USD"), |text| (text, "r"));
-    let (user, shard) = text.split_once('@').unwrap_or_else(|| panic!("{text} is no row"));
-    let shard = ShardId(shard.parse().expect("a shard is a number"));
-    let mut partitions = (0..).map(|place| format!("{user}@{shard}.{place}"));
-    let partition =
-        partitions.find(|partition| placement.shard_of(partition) == shard).expect("there is one");
-    RowKey::new(&partition, name).expect("it is short")
-}
-
-fn operation_of(placement: Placement, text: &str) -> Operation {
-    let mut words = text.split_whitespace();
-    let mut word = || words.next().unwrap_or_else(|| panic!("{text:?} is too short"));
-    let (verb, row) = (word(), row_of(placement, word()));
-    let number = |text: &str| text.parse::<i128>().unwrap_or_else(|_| panic!("{text:?} is no number"));
-    let bytes = |text: &str| Bytes::copy_from_slice(text.as_bytes());
-    let kind = match verb {
-        "add" => {
-            let delta = number(word());
-            let rest: Vec<&str> = words.collect();
-            let bound =
-                |name: &str| rest.iter().position(|word| *word == name).map(|place| number(rest[place + 1]));
-            OperationKind::Add { delta, floor: bound("floor"), ceiling: bound("ceiling") }
-        }
-        "put" => OperationKind::Put(bytes(word())),
-        "insert" => OperationKind::Insert(bytes(word())),
-        "delete" => OperationKind::Delete,
-        "exists" => OperationKind::Require(Condition::Exists(true)),
-        "absent" => OperationKind::Require(Condition::Exists(false)),
-        "version" => OperationKind::Require(Condition::VersionIs(Stamp(number(word()) as u64))),
-        "is" => OperationKind::Require(Condition::RecordIs(bytes(word()))),
-        "atleast" => OperationKind::Require(Condition::AtLeast(number(word()))),
-        "atmost" => OperationKind::Require(Condition::AtMost(number(word()))),
-        "equals" => OperationKind::Require(Condition::BalanceIs(number(word()))),
-        _ => panic!("{verb} is no operation"),
-    };
-    Operation { row, kind }
 }
 
 impl Script {
@@ -97,7 +56,7 @@ impl Script {
             "apply" => self.world.apply_act(if rest.first() == Some(&"old") { 0 } else { newest }),
             "submit" => {
                 let text = command.splitn(3, ' ').nth(2).expect("operations");
-                let operations = text.split(';').map(|text| operation_of(placement, text)).collect();
+                let operations = text.split(';').map(|text| show::operation_of(placement, text)).collect();
                 let batch = Batch { id: id_of(rest[0]), timeout_ms: 2000, operations, zero_sum: false };
                 if let Some(token) = self.world.submit(batch) {
                     self.names.insert(token, format!("submit {}", rest[0]));
@@ -108,7 +67,7 @@ impl Script {
                 self.names.insert(token, format!("{verb} {}", rest[0]));
             }
             "read" => {
-                let rows = rest.iter().map(|text| row_of(placement, text)).collect();
+                let rows = rest.iter().map(|text| show::row_of(placement, text)).collect();
                 let token = self.world.read(rows);
                 self.names.insert(token, "read".to_owned());
             }
@@ -157,7 +116,7 @@ impl Script {
             }
             "rows" => {
                 for text in &rest {
-                    let row = self.world.row(&row_of(placement, text));
+                    let row = self.world.row(&show::row_of(placement, text));
                     writeln!(told, "{text}: {} (version {})", show::value(&row.value), row.version).unwrap();
                 }
             }

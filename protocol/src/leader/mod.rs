@@ -320,6 +320,7 @@ pub struct Leader {
     config: LeaderConfig,
     epoch: Epoch,
     now: Millis,
+    /// The latest horizon that is recorded, or on its way into the log: ids at or before it are not taken up any more.
     horizon: Millis,
     horizon_asked_at: Millis,
     last_sequence: u64,
@@ -480,6 +481,9 @@ impl Leader {
                 return;
             }
             Remembered::Forgotten { horizon } => return refuse(effects, Refusal::TooOld { horizon }),
+            Remembered::Nothing if id.time() <= self.horizon => {
+                return refuse(effects, Refusal::TooOld { horizon: self.horizon });
+            }
             Remembered::Nothing => {}
         }
         if id.time().0 > self.now.0 + self.config.future_max_ms {
@@ -806,6 +810,10 @@ impl Leader {
             Remembered::Forgotten { horizon } => {
                 return effects.replies.push((token, Reply::Refused(Refusal::TooOld { horizon })));
             }
+            Remembered::Nothing if abort_if_not_seen && id.time() <= self.horizon => {
+                let horizon = self.horizon;
+                return effects.replies.push((token, Reply::Refused(Refusal::TooOld { horizon })));
+            }
             Remembered::Nothing => {}
         }
         if id.time().0 > self.now.0 + self.config.future_max_ms {
@@ -899,6 +907,8 @@ impl Leader {
         let oldest = self.flights.keys().next().map_or(u64::MAX, |id| id.time().0.saturating_sub(1));
         let wanted = Millis(self.now.0.saturating_sub(self.config.retention_ms).min(oldest));
         if wanted > self.horizon {
+            // From now on: what is taken up before the log has it would be forgotten while it is in flight.
+            self.horizon = wanted;
             effects.act.horizon = Some(wanted);
         }
     }

@@ -101,14 +101,18 @@ impl Leader {
         let now = self.now;
         self.view(shard).outstanding.insert(number, (id, Millis(0)));
         if !self.flights.contains_key(&id) {
-            // Forgotten it can't be: what is in doubt somewhere is unfinished, and the horizon stops before it.
-            if let Remembered::Decided(decision) = decisions.remembered(id) {
-                if decision.result.is_ok() && decision.hash == Some(hash) {
+            match decisions.remembered(id) {
+                Remembered::Decided(decision) if decision.result.is_ok() && decision.hash == Some(hash) => {
                     // The shard has confirmed it between the greeting and now; its own word ends it once more.
                     self.adopt_decision(decision, &[shard]);
                     return;
                 }
-                return self.stray(shard, number, id, effects);
+                // What is forgotten was finished: the shard has confirmed it since it listed it, or holds a part that its decision
+                // doesn't know. Neither may be decided anew.
+                Remembered::Decided(_) | Remembered::Forgotten { .. } => {
+                    return self.stray(shard, number, id, effects);
+                }
+                Remembered::Nothing => {}
             }
             self.recovering.insert(id);
             let flight = Flight {

@@ -235,6 +235,11 @@ impl Shard {
         self.peers.get(&coordinator).map(|peer| peer.epoch).unwrap_or_default()
     }
 
+    /// Whether a number of a coordinator is known to be finished here.
+    pub fn is_finished(&self, coordinator: GroupId, number: Number) -> bool {
+        self.peers.get(&coordinator).is_some_and(|peer| peer.is_finished(number))
+    }
+
     /// How many finished numbers are remembered above the marks.
     pub fn finished_numbers(&self) -> usize {
         self.peers.values().map(|peer| peer.finished.len()).sum()

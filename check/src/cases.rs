@@ -1,0 +1,246 @@
+//! The cases: what is checked.
+//!
+//! The small ones together take seconds and run with the tests; each looks at one thing. The full ones let more happen at once.
+
+use crate::case::{ANY, Bounds, Case};
+
+const NONE: Bounds =
+    Bounds { elections: 0, repeats: 0, ticks: 0, moves: 0, asks: 0, retries: 0, seals: 0, reads: 0 };
+
+/// All cases, small ones first.
+pub fn all() -> Vec<Case> {
+    let mut cases = small();
+    cases.extend(full());
+    cases
+}
+
+/// A trade on two shards.
+const TRADE: &[(char, &str)] = &[('A', "add a@1 -10; add b@2 10")];
+/// Two trades, of whose debits only one fits.
+const TWO_DEBITS: &[(char, &str)] = &[('A', "add a@1 -7; add b@2 7"), ('B', "add a@1 -7; add c@2 7")];
+/// One brings in what the other one wants to spend, on both shards.
+const SPENDING: &[(char, &str)] = &[('A', "add a@1 5; add b@2 -5"), ('B', "add a@1 -12; add b@2 12")];
+/// Two settle the same trade, in different orders of the shards.
+const SAME_RECORD: &[(char, &str)] =
+    &[('A', "insert t@1/r A; add b@2 -3"), ('B', "add b@2 -4; insert t@1/r B")];
+/// Two share a condition that a third thing, their own writes, would change.
+const SHARED: &[(char, &str)] =
+    &[('A', "absent t@1/r; put u@2/r A"), ('B', "absent t@1/r; absent u@2/r; add b@2 1")];
+/// A condition on one shard lets a write on the other happen; the other way round too: write skew, if it were let.
+const SKEW: &[(char, &str)] = &[('A', "atleast a@1 5; add b@2 -5"), ('B', "atleast b@2 5; add a@1 -5")];
+/// One id, two contents.
+const TWO_CONTENTS: &[(char, &str)] = &[('A', "add a@1 -10; add b@2 10"), ('A', "add a@1 -3")];
+
+fn small() -> Vec<Case> {
+    vec![
+        Case {
+            name: "trade",
+            about: "one trade; a change of leaders, one message repeated",
+            before: "add a@1 10",
+            batches: TRADE,
+            bounds: Bounds { elections: 1, repeats: 1, ..NONE },
+            ..Case::PLAIN
+        },
+        Case {
+            name: "trade-repeats",
+            about: "one trade; two changes of leaders, every message again and again",
+            before: "add a@1 10",
+            batches: TRADE,
+            bounds: Bounds { elections: 2, repeats: ANY, ..NONE },
+            deposed: false,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "trade-time",
+            about: "one trade; a change of leaders, a clock that moves",
+            before: "add a@1 10",
+            batches: TRADE,
+            bounds: Bounds { elections: 1, ticks: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "trade-three",
+            about: "one batch on three shards; a change of leaders",
+            shards: 3,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -10; add b@2 4; add c@3 6")],
+            bounds: Bounds { elections: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "debits",
+            about: "two trades, one balance that bears one of them; no fault",
+            before: "add a@1 10",
+            batches: TWO_DEBITS,
+            bounds: NONE,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "spending",
+            about: "what an undecided batch brings in can't be spent",
+            before: "add a@1 10; add b@2 10",
+            batches: SPENDING,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "record",
+            about: "two batches insert one record",
+            before: "add b@2 10",
+            batches: SAME_RECORD,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "shared",
+            about: "two batches share a condition; one writes what the other one has a condition on",
+            batches: SHARED,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "one-shard",
+            about: "two debits on one shard; a change of leaders, a repeated message, a retry",
+            shards: 1,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7"), ('B', "add a@1 -7")],
+            bounds: Bounds { elections: 1, retries: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "seal",
+            about: "an id is sealed while its batch may be anywhere; a change of leaders",
+            before: "add a@1 10",
+            batches: TRADE,
+            bounds: Bounds { elections: 1, seals: 1, retries: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "contents",
+            about: "one id with two contents; a change of leaders",
+            before: "add a@1 10",
+            batches: TWO_CONTENTS,
+            bounds: Bounds { elections: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "read",
+            about: "a read across two shards beside a trade",
+            before: "add a@1 10",
+            batches: TRADE,
+            read: "a@1 b@2",
+            bounds: Bounds { reads: 1, ..NONE },
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "moves",
+            about: "one trade; shards that are led elsewhere, and ask by themselves; a change of leaders",
+            before: "add a@1 10",
+            batches: TRADE,
+            bounds: Bounds { elections: 1, moves: 1, asks: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "forgetful",
+            about: "one id with two contents; decisions that are forgotten as soon as they may be",
+            before: "add a@1 10",
+            batches: TWO_CONTENTS,
+            bounds: Bounds { ticks: 1, elections: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            forgetful: true,
+            ..Case::PLAIN
+        },
+    ]
+}
+
+fn full() -> Vec<Case> {
+    let full = Case { small: false, deposed: false, prompt: true, ..Case::PLAIN };
+    vec![
+        Case {
+            name: "full-skew",
+            about: "each of two batches has a condition on what the other one changes",
+            before: "add a@1 9; add b@2 9",
+            batches: SKEW,
+            ..full
+        },
+        Case {
+            name: "full-debits",
+            about: "two trades, one balance that bears one of them; a change of leaders",
+            before: "add a@1 10",
+            batches: TWO_DEBITS,
+            bounds: Bounds { elections: 1, ..NONE },
+            ..full
+        },
+        Case {
+            name: "full-deposed",
+            about: "one trade; two changes of leaders, the deposed ones go on",
+            before: "add a@1 10",
+            batches: TRADE,
+            bounds: Bounds { elections: 2, ..NONE },
+            deposed: true,
+            prompt: false,
+            ..full
+        },
+        Case {
+            name: "full-time",
+            about: "one trade; a change of leaders, clocks that move, a client that retries, a repeated message",
+            before: "add a@1 10",
+            batches: TRADE,
+            bounds: Bounds { elections: 1, ticks: 2, retries: 1, repeats: 1, ..NONE },
+            ..full
+        },
+        Case {
+            name: "full-read",
+            about: "a read across two shards beside a trade; a change of leaders, the deposed one goes on",
+            before: "add a@1 10",
+            batches: TRADE,
+            read: "a@1 b@2",
+            bounds: Bounds { reads: 1, elections: 1, ..NONE },
+            deposed: true,
+            ..full
+        },
+        Case {
+            name: "full-forgetful",
+            about: "one id with two contents; decisions that are forgotten as soon as they may be",
+            before: "add a@1 10",
+            batches: TWO_CONTENTS,
+            bounds: Bounds { ticks: 2, elections: 1, retries: 1, ..NONE },
+            forgetful: true,
+            ..full
+        },
+        Case {
+            name: "full-three",
+            about: "one batch on three shards, another one on two of them; no fault",
+            shards: 3,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7; add b@2 3; add c@3 4"), ('B', "add a@1 -7; add c@3 7")],
+            ..full
+        },
+        Case {
+            name: "full-batches",
+            about: "three batches on two shards: a debit, what pays for it, and a condition; no fault",
+            before: "add a@1 3",
+            batches: &[
+                ('A', "add a@1 -7; add b@2 7"),
+                ('B', "add a@1 5; add c@2 -5 floor -5"),
+                ('C', "atleast a@1 2; put t@2/r C"),
+            ],
+            ..full
+        },
+    ]
+}

@@ -1,0 +1,128 @@
+//! `verdict-check`: explores cases, and fails if a rule breaks.
+
+use std::{
+    io::{IsTerminal, stderr},
+    process::ExitCode,
+    time::Duration,
+};
+
+use verdict_check::{
+    case::Case,
+    cases,
+    explore::{Report, Settings, explore},
+    parts::quiet_panics,
+};
+
+const HELP: &str = "\
+Visits every state that small clusters of the shipped state machines can reach, and checks every promise in each.
+
+verdict-check [--full | --all | CASE...] [--threads N] [--states N] [--list]
+
+  --full       the large cases (minutes to an hour); without it the small ones
+  --all        both
+  CASE...      these cases
+  --threads N  threads; as many as there are processors if not given
+  --states N   give up on a case beyond so many states, and fail
+  --list       tells the cases
+";
+
+struct Arguments {
+    cases: Vec<Case>,
+    settings: Settings,
+    list: bool,
+}
+
+fn arguments() -> Result<Arguments, String> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut settings = Settings { threads, states_max: usize::MAX, progress: stderr().is_terminal() };
+    let (mut names, mut full, mut all, mut list) = (Vec::new(), false, false, false);
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut number = || {
+            let value = words.next().and_then(|value| value.parse::<usize>().ok());
+            value.filter(|value| *value > 0).ok_or(format!("{word} takes a number above 0"))
+        };
+        match word.as_str() {
+            "--threads" => settings.threads = number()?,
+            "--states" => settings.states_max = number()?,
+            "--full" => full = true,
+            "--all" => all = true,
+            "--list" => list = true,
+            "--help" | "-h" => return Err(HELP.to_owned()),
+            other if other.starts_with('-') => return Err(format!("{other} is not known\n\n{HELP}")),
+            _ => names.push(word),
+        }
+    }
+    let mut cases = cases::all();
+    if let Some(unknown) = names.iter().find(|name| cases.iter().all(|case| case.name != **name)) {
+        return Err(format!("there is no case {unknown}; --list tells which there are"));
+    }
+    cases.retain(|case| match names.is_empty() {
+        true => all || list || case.small != full,
+        false => names.iter().any(|name| name == case.name),
+    });
+    Ok(Arguments { cases, settings, list })
+}
+
+fn main() -> ExitCode {
+    let Arguments { cases, settings, list } = match arguments() {
+        Ok(arguments) => arguments,
+        Err(why) => {
+            eprintln!("{why}");
+            return ExitCode::from(2);
+        }
+    };
+    if list {
+        for case in cases {
+            println!("{:16}{:6}{}", case.name, if case.small { "small" } else { "full" }, case.about);
+        }
+        return ExitCode::SUCCESS;
+    }
+    quiet_panics();
+    println!(
+        "{:18}{:>12}{:>14}{:>7}{:>10}{:>9}",
+        "case", "states", "transitions", "depth", "healed", "seconds"
+    );
+    let mut reports = Vec::new();
+    for case in &cases {
+        let report = explore(case, &settings);
+        row(case.name, &report);
+        reports.push(report);
+    }
+    sum_up(&reports)
+}
+
+fn row(name: &str, report: &Report) {
+    let Report { states, transitions, depth, healed, took, .. } = report;
+    println!("{name:18}{states:>12}{transitions:>14}{depth:>7}{healed:>10}{:>9.1}", took.as_secs_f64());
+    if let Some(violation) = &report.violation {
+        println!("\n{violation}\n");
+    } else if !report.complete {
+        println!("  given up: there are more states than --states allows");
+    }
+}
+
+fn sum_up(reports: &[Report]) -> ExitCode {
+    let states: usize = reports.iter().map(|report| report.states).sum();
+    let transitions: u64 = reports.iter().map(|report| report.transitions).sum();
+    let healed: usize = reports.iter().map(|report| report.healed).sum();
+    let took: Duration = reports.iter().map(|report| report.took).sum();
+    println!("{:18}{states:>12}{transitions:>14}{:>7}{healed:>10}{:>9.1}", "all", "", took.as_secs_f64());
+    let wrong = reports.iter().filter(|report| report.violation.is_some()).count();
+    let incomplete = reports.iter().filter(|report| !report.complete && report.violation.is_none()).count();
+    println!("peak memory {}", peak_memory().unwrap_or("unknown".to_owned()));
+    if wrong == 0 && incomplete == 0 {
+        println!("{states} distinct states in {} cases, no violation", reports.len());
+        return ExitCode::SUCCESS;
+    }
+    println!("{wrong} cases broke a rule, {incomplete} were given up");
+    ExitCode::FAILURE
+}
+
+/// As Linux tells it.
+fn peak_memory() -> Option<String> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().split(' ').next()?.parse().ok()?;
+    Some(format!("{} MiB", kib / 1024))
+}
