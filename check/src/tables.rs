@@ -48,12 +48,15 @@ impl<K: Hash + Eq, V: Clone> Memo<K, V> {
     }
 }
 
+/// Cells that are written once each.
+type Block<T> = Box<[OnceLock<Arc<T>>]>;
+
 /// Gives every different value a number, and the value back for the number. Values are compared, not only their hashes.
 pub struct Interner<T> {
     numbers: Vec<RwLock<HashMap<Arc<T>, u32>>>,
     next: RwLock<u32>,
     /// Reading needs no lock: blocks never move, and a cell is written once.
-    blocks: [OnceLock<Box<[OnceLock<Arc<T>>]>>; BLOCKS],
+    blocks: [OnceLock<Block<T>>; BLOCKS],
 }
 
 impl<T> Default for Interner<T> {
