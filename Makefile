@@ -11,6 +11,7 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 ARGS ?=
 
 .PHONY: help demo check dev test verify fix deny setup
+.PHONY: help demo dev test verify fix deny setup histories
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +35,10 @@ verify: ## The gate: format, lints, rules, documentation, tests; changes nothing
 fix: ## Rewrites what can be mended by machine: format and lints
 	$(WITH_ROCKSDB) cargo clippy --workspace --all-targets --fix --allow-dirty --allow-staged
 	cargo fmt --all
+
+histories: setup ## What clients see while nodes are killed and paused, checked for strict serializability (SECONDS=300)
+	$(WITH_ROCKSDB) cargo build --locked -p verdict
+	VERDICT_HISTORY_SECONDS=$(or $(SECONDS),300) $(WITH_ROCKSDB) cargo test --locked -p verdict-tests --test histories -- --nocapture
 
 deny: ## Licences, sources and advisories of all dependencies; installs cargo-deny first (minutes)
 	@cargo deny --version > /dev/null 2>&1 || cargo install --locked cargo-deny

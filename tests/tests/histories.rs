@@ -139,7 +139,7 @@ async fn append(shared: Arc<Shared<List>>, process: u64, mut clients: Clients, m
         let (mut reads, mut writes, mut operations) = (Vec::new(), Vec::new(), Vec::new());
         for (place, ((key, row), value)) in keys.iter().zip(&rows).zip(&answer.values).enumerate() {
             let list = list_of(value);
-            operations.push(require(row, Condition::VersionIs(value.version)));
+            operations.push(require(row, Condition::Version(value.version)));
             if place == 0 || random.below(2) == 0 {
                 let mut longer = list.clone();
                 for _ in 0..=random.below(2) {
