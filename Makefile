@@ -10,8 +10,7 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help demo check dev test verify fix deny setup
-.PHONY: help demo dev test verify fix deny setup histories
+.PHONY: help demo dev test verify fix deny setup check histories
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16

@@ -72,8 +72,8 @@ impl Graph {
     pub(crate) fn cycles(&self) -> Vec<Vec<(usize, Why)>> {
         let component = self.components();
         let mut members: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        for node in 0..self.transactions {
-            members.entry(component[node]).or_default().push(node);
+        for (node, its) in component.iter().enumerate().take(self.transactions) {
+            members.entry(*its).or_default().push(node);
         }
         let cyclic = members.into_values().filter(|nodes| nodes.len() > 1);
         cyclic.map(|nodes| self.shortest_cycle(&nodes, &component)).collect()
