@@ -3,8 +3,10 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
+use tokio::time::Instant;
 use tonic::transport::Channel;
 use verdict_proto::connect::Connect;
 
@@ -12,6 +14,9 @@ use crate::{ClientError, tries::Place};
 
 /// Channels to addresses that servers named as leaders, beyond those that the caller gave.
 const HINTED_MAX: usize = 64;
+/// How long a named leader that didn't answer isn't gone to. Nodes name each other as they know each other, and a client may know
+/// them by other addresses, as it does outside the cluster's private network. Any node that the caller gave hands the call on.
+const OUT_OF_REACH: Duration = Duration::from_secs(60);
 
 /// The nodes.
 #[derive(Debug)]
@@ -27,6 +32,8 @@ struct State {
     channels: BTreeMap<String, Channel>,
     /// The one that answered last, as far as is known.
     preferred: String,
+    /// Named leaders that didn't answer, and since when.
+    out_of_reach: BTreeMap<String, Instant>,
 }
 
 impl Nodes {
@@ -43,7 +50,11 @@ impl Nodes {
             let message = "at least one address is needed".into();
             return Err(ClientError::InvalidArgument { field: "addresses".into(), message });
         };
-        Ok(Nodes { connect, addresses, state: Mutex::new(State { channels, preferred }) })
+        Ok(Nodes {
+            connect,
+            addresses,
+            state: Mutex::new(State { channels, preferred, out_of_reach: BTreeMap::new() }),
+        })
     }
 
     pub(crate) fn addresses(&self) -> &[String] {
@@ -57,16 +68,26 @@ impl Nodes {
 
     /// The node to ask after `asked` gave no answer. Other calls follow, unless they have moved on by themselves.
     pub(crate) fn next(&self, asked: &str, place: Place) -> String {
+        let failed = place == Place::Other;
         let next = match place {
             Place::Same => return asked.to_owned(),
-            Place::Leader(leader) if leader != asked && self.channel(&leader).is_ok() => leader,
+            Place::Leader(leader) if leader != asked && self.is_in_reach(&leader) => leader,
             Place::Leader(_) | Place::Other => self.neighbour(asked),
         };
         let mut state = self.lock();
+        if failed && !self.addresses.iter().any(|address| address == asked) {
+            state.out_of_reach.insert(asked.to_owned(), Instant::now());
+        }
         if state.preferred == asked {
             state.preferred.clone_from(&next);
         }
         next
+    }
+
+    /// Whether a leader that was named may be gone to.
+    fn is_in_reach(&self, leader: &str) -> bool {
+        let failed = self.lock().out_of_reach.get(leader).copied();
+        failed.is_none_or(|failed| failed.elapsed() > OUT_OF_REACH) && self.channel(leader).is_ok()
     }
 
     /// A channel to the node at an address.
@@ -93,5 +114,30 @@ impl Nodes {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nothing panics while it holds this lock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use verdict_proto::connect::InProcess;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_named_leader_that_is_out_of_reach_is_not_gone_to_again() {
+        let nodes = Nodes::new(Arc::new(InProcess::default()), vec!["a:1".into(), "b:2".into()]).unwrap();
+        let inside = || Place::Leader("inside:1".into());
+        assert_eq!(nodes.next("a:1", inside()), "inside:1");
+        assert_eq!(nodes.next("inside:1", Place::Other), "a:1");
+        assert_eq!(nodes.preferred(), "a:1");
+        assert_eq!(nodes.next("a:1", inside()), "b:2", "it was not there a moment ago");
+        assert_eq!(nodes.next("b:2", Place::Other), "a:1");
+        assert_eq!(
+            nodes.next("a:1", Place::Leader("b:2".into())),
+            "b:2",
+            "an address that was given always counts"
+        );
+        nodes.lock().out_of_reach.clear();
+        assert_eq!(nodes.next("b:2", inside()), "inside:1");
     }
 }

@@ -136,12 +136,26 @@ impl Config {
         }
     }
 
-    /// Reads and checks a file.
-    pub fn load(path: &Path) -> Result<Config> {
+    /// Reads and checks a file. `node` says which node this is, instead of the file: then one file serves all nodes.
+    pub fn load(path: &Path, node: Option<u64>) -> Result<Config> {
         let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-        let config: Config = toml::from_str(&text).with_context(|| format!("parse {}", path.display()))?;
+        let config = Config::parse(&text, node).with_context(|| format!("parse {}", path.display()))?;
         config.check().with_context(|| format!("check {}", path.display()))?;
         Ok(config)
+    }
+
+    fn parse(text: &str, node: Option<u64>) -> Result<Config> {
+        let Some(node) = node else { return Ok(toml::from_str(text)?) };
+        let mut file: toml::Table = toml::from_str(text)?;
+        ensure!(
+            !file.contains_key("node"),
+            "the file says which `node` this is, and so does --node: take one away"
+        );
+        file.insert(
+            "node".to_owned(),
+            toml::Value::Integer(i64::try_from(node).context("--node is too large")?),
+        );
+        Ok(file.try_into()?)
     }
 
     /// Checks what the types don't.
@@ -296,6 +310,14 @@ mod tests {
         config.check().unwrap();
         assert_eq!(config.own_shards().unwrap().len(), 4);
         assert_eq!(config.coordinator_voters().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn one_file_serves_all_nodes() {
+        let shared = GOOD.replace("node = 1", "");
+        assert_eq!(Config::parse(&shared, Some(3)).unwrap().node, 3);
+        assert!(Config::parse(&shared, None).unwrap_err().to_string().contains("missing field `node`"));
+        assert!(Config::parse(GOOD, Some(1)).unwrap_err().to_string().contains("--node"));
     }
 
     #[test]

@@ -21,6 +21,9 @@ enum Command {
         /// The configuration file (TOML); docs/operations.md explains it.
         #[arg(long)]
         config: PathBuf,
+        /// Which node of the cluster this is, if the file doesn't say so: then one file serves all nodes.
+        #[arg(long, value_name = "ID")]
+        node: Option<u64>,
     },
     /// Run a durable three-node cluster inside this process, on one port: for writing a service against.
     Dev(dev::DevArgs),
@@ -54,7 +57,7 @@ fn main() -> ExitCode {
     };
     let result = runtime.block_on(async {
         match arguments.command {
-            Command::Node { config } => node::run(&config).await,
+            Command::Node { config, node } => node::run(&config, node).await,
             Command::Dev(args) => dev::run(args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Settle(args) => settle::run(args).await,

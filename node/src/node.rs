@@ -206,14 +206,16 @@ impl Node {
     }
 }
 
-/// `verdict node`.
-pub async fn run(path: &Path) -> Result<ExitCode> {
-    let config = Config::load(path)?;
+/// `verdict node`. `node` says which one it is, where the file doesn't.
+pub async fn run(path: &Path, node: Option<u64>) -> Result<ExitCode> {
+    // Before anything that takes time: process 1 of a container ignores the signals that nobody waits for.
+    let interrupted = interrupted()?;
+    let config = Config::load(path, node)?;
     let listener =
         TcpListener::bind(&config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
     let node = Node::start(&config, Arc::new(Tcp), TcpListenerStream::new(listener)).await?;
     println!("verdict node {} of cluster {:?} is ready on {}", config.node, config.cluster, config.listen);
-    node.run_until(interrupted()?).await?;
+    node.run_until(interrupted).await?;
     println!("verdict node {} has stopped", config.node);
     Ok(ExitCode::SUCCESS)
 }

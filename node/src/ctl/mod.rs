@@ -18,7 +18,11 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use serde_json::{Value as Json, json};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 use verdict_client::{Client, Options, Outcome, Row, UndecidedState, Value, row, value::Kind};
+use verdict_proto::connect::{Connect as _, Tcp};
 use verdict_proto::v1::{Decision, HistoryEntry, InDoubtPart, history_entry::Change, outcome};
 
 use crate::settle::reason_name;
@@ -121,6 +125,8 @@ pub enum CtlCommand {
         #[arg(long, value_name = "NODE", default_value_t = 0)]
         to: u64,
     },
+    /// Ask a node (the first of --connect) whether it serves
+    Health,
     /// Make a node (the first of --connect) build a snapshot of its replica of a group
     Snapshot {
         /// The group: 0 is the coordinator group, N is shard N
@@ -188,12 +194,25 @@ async fn execute(args: CtlArgs) -> anyhow::Result<u8> {
             show(&json!({ "group": group, "to_node": answer.to_node }))?;
             Ok(0)
         }
+        CtlCommand::Health => health(&first_node, Duration::from_secs(args.timeout)).await,
         CtlCommand::Snapshot { group } => {
             let answer = client.trigger_snapshot(&first_node, group).await?;
             show(&json!({ "group": group, "node": first_node, "index": answer.index }))?;
             Ok(0)
         }
     }
+}
+
+/// Asks the standard health service.
+async fn health(address: &str, patience: Duration) -> anyhow::Result<u8> {
+    let channel = Tcp.channel(address).with_context(|| format!("{address:?} is no host:port"))?;
+    let question = HealthCheckRequest { service: String::new() };
+    let mut client = HealthClient::new(channel);
+    let answer = tokio::time::timeout(patience, client.check(question)).await;
+    let answer = answer.with_context(|| format!("no answer from {address} in time"))?;
+    let answer = answer.with_context(|| format!("ask {address}"))?.into_inner();
+    println!("{}", answer.status().as_str_name());
+    Ok(if answer.status() == ServingStatus::Serving { 0 } else { ERROR })
 }
 
 async fn read(client: &Client, rows: Vec<Row>, as_json: bool) -> anyhow::Result<u8> {

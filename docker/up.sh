@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Starts the compose cluster and waits until all nodes are healthy and every group has a leader. Builds the image if there is none,
+# with the arguments for docker/build.sh that are given here.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+need_docker
+
+has_image "$VERDICT_IMAGE" || docker/build.sh "$@"
+compose up --detach
+
+# The image's own program asks; so nothing else is needed on this machine.
+inside() { docker exec "$VERDICT_NAME-coordinator-1" verdict "$@"; }
+# Reading rows of many partitions goes through the coordinator's leader and the leaders of all shards.
+probe=(ctl --timeout 2 read 'probe:1#probe' 'probe:2#probe' 'probe:3#probe' 'probe:4#probe' 'probe:5#probe' 'probe:6#probe')
+for ((i = 0; i < 60; i++)); do
+  healthy=$(docker ps --all --filter "label=com.docker.compose.project=$VERDICT_NAME" --filter status=running --filter health=healthy --quiet | wc -l)
+  if ((healthy >= ${#nodes[@]})) && inside "${probe[@]}" > /dev/null 2>&1; then
+    say "${#nodes[@]} nodes are up. Clients on this machine reach them at $(addresses)"
+    exit 0
+  fi
+  sleep 1
+done
+compose ps >&2
+die "the cluster isn't ready after a minute; look at: docker logs $VERDICT_NAME-coordinator-1"
