@@ -10,10 +10,10 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help demo dev test verify fix deny setup check histories
+.PHONY: help demo dev cluster cluster-stop test docker-test verify fix deny setup check histories
 
 help: ## Tells what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: setup ## Settles a tape on a cluster of three processes while leaders are killed
 	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- demo $(ARGS)
@@ -23,6 +23,15 @@ check: ## Visits every state of small clusters; ARGS=--full the large ones, ARGS
 
 dev: setup ## Starts a durable cluster of three nodes in one process, for development against it
 	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- dev $(ARGS)
+
+cluster: ## Starts nine containers: three coordinators, two shards of three replicas (docker/README.md)
+	@docker/up.sh $(ARGS)
+
+cluster-stop: ## Stops them; what they have stored stays
+	@docker/down.sh $(ARGS)
+
+docker-test: ## Tries the containers with kills and a cut, in a cluster of their own; skips where there is no Docker
+	@docker/test.sh $(ARGS)
 
 test: ## Everything that CI checks; installs what is missing first
 	@scripts/setup.sh --test

@@ -221,7 +221,9 @@ impl Driver {
                  and start the node again",
                 self.config.placement.shards, recorded.shards
             ))),
-            CoordinatorReply::Acted { .. } | CoordinatorReply::OldEpoch { .. } => {
+            CoordinatorReply::Acted { .. }
+            | CoordinatorReply::OldEpoch { .. }
+            | CoordinatorReply::Node(_) => {
                 unreachable!("an opening entry is answered as one")
             }
         }
@@ -395,7 +397,9 @@ impl Reign<'_> {
                 self.step(Event::Applied { decisions, ceiling, horizon })
             }
             CoordinatorReply::OldEpoch { newer } => Err(End::Lost(format!("the epoch {newer} has begun"))),
-            CoordinatorReply::Opened(_) | CoordinatorReply::OtherPlacement { .. } => {
+            CoordinatorReply::Opened(_)
+            | CoordinatorReply::OtherPlacement { .. }
+            | CoordinatorReply::Node(_) => {
                 unreachable!("what an epoch records is answered as such")
             }
         }

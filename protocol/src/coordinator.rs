@@ -16,6 +16,7 @@ use crate::{
     leader::Remembered,
     machine::{Machine, decode, encode},
     messages::Decision,
+    roster::{self, NodeChange, NodeRefusal},
     store::{Store, StoreError},
 };
 
@@ -42,6 +43,8 @@ pub enum CoordinatorEntry {
     },
     /// What the leader of an epoch records.
     Act(Act),
+    /// A node joins or leaves the cluster. It has nothing to do with batches, so it belongs to no epoch.
+    Node(NodeChange),
 }
 
 /// What the leader of an epoch records in one entry.
@@ -88,6 +91,8 @@ pub enum CoordinatorReply {
         /// The epoch that has.
         newer: Epoch,
     },
+    /// What became of a wish about a node.
+    Node(Result<(), NodeRefusal>),
     /// The opening entry tells another number of shards than the first one did: nothing was recorded.
     OtherPlacement {
         /// What the first one told.
@@ -183,6 +188,7 @@ impl Machine for Coordinator {
         let reply = match decode("coordinator entry", command)? {
             CoordinatorEntry::Open { placement, .. } => self.open_epoch(store, Epoch(index), placement)?,
             CoordinatorEntry::Act(act) => self.act(store, act)?,
+            CoordinatorEntry::Node(change) => CoordinatorReply::Node(roster::change(store, index, change)?),
         };
         store.put(&[STATE_TABLE], &encode(&self.state))?;
         Ok(reply)

@@ -16,6 +16,7 @@ pub mod leader;
 pub mod machine;
 pub mod messages;
 pub mod plain;
+pub mod roster;
 pub mod shard;
 pub mod show;
 pub mod store;

@@ -8,6 +8,7 @@ use verdict_protocol::{
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
     machine::encode,
     messages::{Abort, AbortReason, Decision, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind},
+    roster::{self, NodeChange, NodeRefusal, NodeWish},
 };
 use world::{START, World};
 
@@ -229,4 +230,36 @@ fn a_coordinator_that_speaks_of_another_number_of_shards_is_not_heard() {
     let reply = world.shards.get_mut(&ShardId(1)).unwrap().commit(encode(&entry));
     assert_eq!((reply.messages.len(), reply.alarms.len()), (0, 1));
     assert_eq!(world.shards[&ShardId(1)].leading().machine.epoch(GroupId(0)), Epoch(1));
+}
+
+#[test]
+fn an_id_of_a_node_is_never_given_twice() {
+    let mut world = World::new(1, 2);
+    let mut wish = |node, wish| {
+        let founders = (1..=3).map(|node| (NodeId(node), format!("n{node}:1"))).collect();
+        let change = NodeChange { founders, node: NodeId(node), wish };
+        match world.coordinator.commit(encode(&CoordinatorEntry::Node(change))) {
+            CoordinatorReply::Node(result) => result,
+            other => panic!("{other:?}"),
+        }
+    };
+    let at = |address: &str| NodeWish::Add(address.to_owned());
+    assert_eq!(wish(9, NodeWish::Remove), Err(NodeRefusal::Unknown));
+    assert_eq!(wish(4, at("n1:1")), Err(NodeRefusal::AddressTaken(NodeId(1))));
+    for _ in 0..2 {
+        assert_eq!(wish(4, at("n4:1")), Ok(()), "what is so already is done");
+    }
+    assert_eq!(wish(4, at("n5:1")), Err(NodeRefusal::OtherAddress("n4:1".to_owned())));
+    for _ in 0..2 {
+        assert_eq!(wish(1, NodeWish::Remove), Ok(()));
+        assert_eq!(wish(1, at("n1:1")), Err(NodeRefusal::UsedBefore), "a founder's id");
+        assert_eq!(wish(1, at("n9:1")), Err(NodeRefusal::UsedBefore));
+    }
+    assert_eq!(wish(5, at("n1:1")), Ok(()), "an address may serve again");
+    assert_eq!(wish(4, NodeWish::Remove), Ok(()));
+    assert_eq!(wish(4, at("n4:1")), Err(NodeRefusal::UsedBefore), "the id of a node that was added later");
+    let lead = &world.coordinator.replicas[world.coordinator.lead];
+    let records = roster::nodes(&lead.store).unwrap();
+    let listed: Vec<_> = records.iter().map(|(node, record)| (node.0, record.removed)).collect();
+    assert_eq!(listed, [(1, true), (2, false), (3, false), (4, true), (5, false)]);
 }
