@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -28,6 +29,9 @@ pub struct Config {
     pub node: u64,
     /// Where it listens, for clients and for other nodes.
     pub listen: String,
+    /// The address of this machine from which it connects to other nodes. None: the system chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connect_from: Option<IpAddr>,
     /// The folder of everything that it keeps.
     pub data: PathBuf,
     /// How many shards the cluster has. Fixed when it is set up.
@@ -119,6 +123,7 @@ impl Config {
             cluster: cluster.to_owned(),
             node,
             listen: listen.to_owned(),
+            connect_from: None,
             data,
             shards,
             coordinators: Vec::new(),

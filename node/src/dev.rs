@@ -28,7 +28,7 @@ pub async fn run(args: DevArgs) -> Result<ExitCode> {
     let listener =
         TcpListener::bind(&args.listen).await.with_context(|| format!("listen on {}", args.listen))?;
     let cluster = Cluster::start(&args.data, args.shards).await?;
-    println!(
+    crate::out!(
         "verdict dev: ready on {} after {:.1} s (three nodes in this process, {} shards, data in {})",
         listener.local_addr().context("ask for the port")?,
         began.elapsed().as_secs_f64(),
@@ -39,7 +39,7 @@ pub async fn run(args: DevArgs) -> Result<ExitCode> {
         served = serve_clients(cluster.node(), listener, interrupted()?) => served?,
         why = cluster.failed() => bail!("a node of this cluster has stopped: {why}"),
     }
-    println!("verdict dev: stopping");
+    crate::out!("verdict dev: stopping");
     cluster.stop().await;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,14 +1,20 @@
 //! The parts of the `verdict` program.
 
 pub mod book;
+pub mod cluster_state;
 pub mod config;
 pub mod ctl;
 pub mod demo;
 pub mod dev;
+pub mod drill;
 pub mod embedded;
+pub mod folder;
 pub mod local;
 pub mod node;
+pub mod out;
+pub mod processes;
 pub mod progress;
+pub mod script;
 pub mod serve;
 pub mod settle;
 pub mod tape;

@@ -1,10 +1,10 @@
 //! The `verdict` program: flags, tracing and signals; all else is in the library.
 
-use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal as _, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
-use verdict_node::{ctl, demo, dev, node, settle};
+use verdict_node::{ctl, demo, dev, drill, err, node, out, settle};
 
 /// Settles batches of changes that touch several partitions: all of a batch or none of it, in isolation, exactly once.
 #[derive(Parser)]
@@ -17,18 +17,13 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Run one node of a cluster, with the roles that its configuration gives it.
-    Node {
-        /// The configuration file (TOML); docs/operations.md explains it.
-        #[arg(long)]
-        config: PathBuf,
-        /// Which node of the cluster this is, if the file doesn't say so: then one file serves all nodes.
-        #[arg(long, value_name = "ID")]
-        node: Option<u64>,
-    },
+    Node(node::NodeArgs),
     /// Run a durable three-node cluster inside this process, on one port: for writing a service against.
     Dev(dev::DevArgs),
     /// Watch a tape of trades settle on three node processes, while the processes that lead are killed.
     Demo(demo::DemoArgs),
+    /// Let things die and break while trades settle, and report what happened and whether every promise was kept.
+    Drill(drill::DrillArgs),
     /// Settle a tape of trades on a running cluster.
     Settle(settle::SettleArgs),
     /// Submit, read and look at a running cluster.
@@ -47,25 +42,37 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("VERDICT_LOG")
         .unwrap_or_else(|_| EnvFilter::new(format!("warn,{}", verdict_raft::QUIET)));
     let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(filter)
+        .with_ansi(colours)
+        .log_internal_errors(false)
+        .with_writer(std::io::stderr)
+        .init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("verdict: start the runtime: {error}");
+            err!("verdict: start the runtime: {error}");
             return ExitCode::FAILURE;
         }
     };
     let result = runtime.block_on(async {
         match arguments.command {
-            Command::Node { config, node } => node::run(&config, node).await,
+            Command::Node(args) => node::run(args).await,
             Command::Dev(args) => dev::run(args).await,
             Command::Demo(args) => demo::run(args).await,
+            Command::Drill(args) => drill::run(args).await,
             Command::Settle(args) => settle::run(args).await,
             Command::Ctl(args) => ctl::run(args).await,
         }
     });
-    result.unwrap_or_else(|error| {
-        eprintln!("verdict: {error:#}");
+    let code = result.unwrap_or_else(|error| {
+        err!("verdict: {error:#}");
         ExitCode::FAILURE
-    })
+    });
+    match out::failure() {
+        None => code,
+        Some(failure) => {
+            err!("verdict: write to stdout: {failure}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -3,9 +3,10 @@
 //! The caller gives the connections that come in and the way to other nodes, so the same node runs as a process on TCP, and with
 //! others inside one process without any socket.
 
-use std::{future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{future::Future, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
+use clap::Args;
 use futures::Stream;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -19,7 +20,7 @@ use tonic::{service::Routes, transport::server::Connected};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use verdict_coordinator::{CoordinatorConfig, CoordinatorNode};
 use verdict_participant::{Participant, ParticipantConfig, ParticipantLimits};
-use verdict_proto::connect::{Connect, Tcp};
+use verdict_proto::connect::{Connect, Tcp, TcpFrom};
 use verdict_protocol::ids::NodeId;
 use verdict_raft::{Host, HostConfig, Limits, OnDisk, storage::Storage};
 
@@ -206,18 +207,57 @@ impl Node {
     }
 }
 
-/// `verdict node`. `node` says which one it is, where the file doesn't.
-pub async fn run(path: &Path, node: Option<u64>) -> Result<ExitCode> {
+/// `verdict node`.
+#[derive(Args, Clone, Debug)]
+pub struct NodeArgs {
+    /// The configuration file (TOML); docs/operations.md explains it.
+    #[arg(long)]
+    pub config: PathBuf,
+    /// Which node of the cluster this is, if the file doesn't say so: then one file serves all nodes.
+    #[arg(long, value_name = "ID")]
+    pub node: Option<u64>,
+    /// End at once when the process that started this one has ended, or has closed this one's stdin.
+    #[arg(long, hide = true)]
+    pub ends_with_parent: bool,
+}
+
+/// Runs `verdict node`.
+pub async fn run(args: NodeArgs) -> Result<ExitCode> {
+    if args.ends_with_parent {
+        end_with_parent()?;
+    }
     // Before anything that takes time: process 1 of a container ignores the signals that nobody waits for.
     let interrupted = interrupted()?;
-    let config = Config::load(path, node)?;
+    let config = Config::load(&args.config, args.node)?;
     let listener =
         TcpListener::bind(&config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
-    let node = Node::start(&config, Arc::new(Tcp), TcpListenerStream::new(listener)).await?;
-    println!("verdict node {} of cluster {:?} is ready on {}", config.node, config.cluster, config.listen);
+    let connect: Arc<dyn Connect> = match config.connect_from {
+        Some(address) => Arc::new(TcpFrom(address)),
+        None => Arc::new(Tcp),
+    };
+    let node = Node::start(&config, connect, TcpListenerStream::new(listener)).await?;
+    crate::out!("verdict node {} of cluster {:?} is ready on {}", config.node, config.cluster, config.listen);
     node.run_until(interrupted).await?;
-    println!("verdict node {} has stopped", config.node);
+    crate::out!("verdict node {} has stopped", config.node);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Ends this process as a kill would, as soon as its parent is gone. A kill loses nothing that was answered.
+fn end_with_parent() -> Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        // This ends a process that stands still, too.
+        let signal = Some(rustix::process::Signal::KILL);
+        rustix::process::set_parent_process_death_signal(signal).context("ask to be ended with the parent")?;
+    }
+    // The parent may have ended before that; and not every system has it.
+    let watch = || {
+        let end = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        tracing::debug!(?end, "the parent has ended");
+        std::process::exit(1);
+    };
+    std::thread::Builder::new().name("parent".into()).spawn(watch).context("watch the parent")?;
+    Ok(())
 }
 
 /// Ends with the first SIGINT or SIGTERM.

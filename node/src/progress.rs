@@ -40,7 +40,7 @@ struct Shown {
 impl Progress {
     /// Progress of `total` batches.
     pub fn new(label: &str, total: u64) -> Progress {
-        let style = ProgressStyle::with_template("{prefix:>10} [{bar:32}] {pos}/{len} {msg}")
+        let style = ProgressStyle::with_template("{prefix:>10} [{wide_bar}] {pos}/{len} {msg}")
             .expect("the template is right")
             .progress_chars("=> ");
         let bar = std::io::stderr()
@@ -77,18 +77,19 @@ impl Progress {
         let text = format!("committed {committed}, aborted {aborted}, {:.0}/s", shown.rate);
         if let Some(bar) = &self.bar {
             bar.set_position(committed + aborted);
-            bar.set_message(text);
+            // Short: with the bar it must fit a line of 80 columns.
+            bar.set_message(format!("{aborted} aborted, {:.0}/s", shown.rate));
         } else if shown.line_at.elapsed() >= LINE_INTERVAL {
             shown.line_at = Instant::now();
-            eprintln!("{:>10} {}/{} {text}", self.label, committed + aborted, self.total);
+            crate::err!("{:>10} {}/{} {text}", self.label, committed + aborted, self.total);
         }
     }
 
     /// Shows a line about something that happened, above the bar.
     pub fn say(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| crate::err!("{line}")),
+            None => crate::err!("{line}"),
         }
     }
 

@@ -610,9 +610,9 @@ pub async fn run(args: SettleArgs) -> anyhow::Result<ExitCode> {
     let client = Client::connect(args.connect, Options::default())?;
     let window = args.tape.window as usize;
     let tape = book.tape();
-    eprintln!("{}: {} trades of {}, {} users", tape.name, tape.trades.len(), tape.symbol, book.needs().len());
+    crate::err!("{}: {} trades of {}, {} users", tape.name, tape.trades.len(), tape.symbol, book.needs().len());
     if tape.skipped > 0 {
-        eprintln!("{} broken lines were left out", tape.skipped);
+        crate::err!("{} broken lines were left out", tape.skipped);
     }
     // A wrong address is told at once, not after the patience of every batch.
     client
@@ -632,12 +632,12 @@ pub async fn run(args: SettleArgs) -> anyhow::Result<ExitCode> {
     let settled = report.committed + report.already_settled == report.batches;
     let kept = before.assets == after.assets && after.below_zero_except(TREASURY).next().is_none();
     if args.json {
-        println!("{}", report_json(&report, &before, &after)?);
+        crate::out!("{}", report_json(&report, &before, &after)?);
     } else {
-        println!("funded       {} users, {} were funded before", funding.committed, funding.already_settled);
-        println!("{report}");
-        print!("{}", totals_table(&before, &after));
-        println!("{}", verdict_line(settled, kept, &report, funding.committed > 0));
+        crate::out!("funded       {} users, {} were funded before", funding.committed, funding.already_settled);
+        crate::out!("{report}");
+        crate::out!("{}", totals_table(&before, &after).trim_end());
+        crate::out!("{}", verdict_line(settled, kept, &report, funding.committed > 0));
     }
     Ok(if settled && kept { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

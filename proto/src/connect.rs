@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     fmt, io,
+    net::IpAddr,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -51,6 +52,16 @@ pub struct Tcp;
 impl Connect for Tcp {
     fn channel(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
         Ok(endpoint(address)?.connect_lazy())
+    }
+}
+
+/// TCP, from a chosen address of this machine.
+#[derive(Clone, Copy, Debug)]
+pub struct TcpFrom(pub IpAddr);
+
+impl Connect for TcpFrom {
+    fn channel(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
+        Ok(endpoint(address)?.local_address(Some(self.0)).connect_lazy())
     }
 }
 

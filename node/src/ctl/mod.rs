@@ -139,7 +139,7 @@ pub async fn run(args: CtlArgs) -> anyhow::Result<ExitCode> {
     match execute(args).await {
         Ok(code) => Ok(ExitCode::from(code)),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            crate::err!("error: {error:#}");
             Ok(ExitCode::from(ERROR))
         }
     }
@@ -153,7 +153,7 @@ async fn execute(args: CtlArgs) -> anyhow::Result<u8> {
         CtlCommand::Submit { file } => {
             let batch = parse_batch(&read_input(&file)?).map_err(anyhow::Error::msg)?;
             // Before the first try: whoever loses the answer can ask for the id.
-            eprintln!("batch {}", batch.id);
+            crate::err!("batch {}", batch.id);
             let outcome = client.submit(&batch).await?;
             show(&outcome_json(&batch.id, &outcome))?;
             Ok(outcome_code(&outcome))
@@ -171,7 +171,7 @@ async fn execute(args: CtlArgs) -> anyhow::Result<u8> {
             if args.json {
                 show(&status::json(&status))?
             } else {
-                print!("{}", status::table(&status))
+                crate::out!("{}", status::table(&status).trim_end())
             }
             Ok(if status::replicas_differ(&status) { ERROR } else { 0 })
         }
@@ -228,9 +228,9 @@ async fn read(client: &Client, rows: Vec<Row>, as_json: bool) -> anyhow::Result<
         show(&json!({ "position": answer.position, "values": values }))?;
         return Ok(0);
     }
-    println!("position {}", answer.position);
+    crate::out!("position {}", answer.position);
     for (row, value, version) in lines {
-        println!("{row}  {value}  version {version}");
+        crate::out!("{row}  {value}  version {version}");
     }
     Ok(0)
 }
@@ -243,14 +243,14 @@ async fn history(client: &Client, row: Row, from: u64, limit: u32, as_json: bool
         show(&json!({ "position": position, "oldest": oldest, "next": next, "entries": entries }))?;
         return Ok(0);
     }
-    println!("complete up to position {}", answer.position);
+    crate::out!("complete up to position {}", answer.position);
     if answer.oldest > 0 {
-        println!("changes below stamp {} may have been dropped", answer.oldest);
+        crate::out!("changes below stamp {} may have been dropped", answer.oldest);
     }
     for entry in &answer.entries {
         let change = change_json(entry.change.as_ref());
         let result = value_json(entry.result.as_ref());
-        println!("{:>12}  {}  {change}  ->  {result}", entry.stamp, entry.batch_id);
+        crate::out!("{:>12}  {}  {change}  ->  {result}", entry.stamp, entry.batch_id);
     }
     tell_next(answer.next);
     Ok(0)
@@ -390,18 +390,18 @@ fn in_doubt_json(part: &InDoubtPart) -> Json {
 }
 
 fn show(json: &Json) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(json)?);
+    crate::out!("{}", serde_json::to_string_pretty(json)?);
     Ok(())
 }
 
 fn show_line(json: &Json) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string(json)?);
+    crate::out!("{}", serde_json::to_string(json)?);
     Ok(())
 }
 
 fn tell_next(next: u64) {
     if next > 0 {
-        eprintln!("there is more: --from {next}");
+        crate::err!("there is more: --from {next}");
     }
 }
 

@@ -8,9 +8,6 @@
 //! 3. Everything is submitted again: under the same ids (each answer must be the same) and under fresh ids (nothing may commit).
 //! 4. Totals, floors, traces of overdrafts, locks, parts in doubt and state hashes of all replicas are checked.
 
-mod cluster;
-mod script;
-
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
@@ -27,14 +24,18 @@ use verdict_proto::v1::StatusResponse;
 
 use crate::{
     book::{Book, TREASURY},
+    cluster_state::{all_at_one_index, equal_replicas, group_name, group_names, leader_of, wait_quiet},
     ctl::status::{replicas, replicas_differ},
+    folder::{Folder, interrupted},
+    processes::{self, Cluster, Plan},
     progress::Progress,
+    script::{Item, Script},
     settle::{End, Run, SettleReport, TapeArgs, Work, fund, reason_name, totals_table},
     totals::{ROWS_PER_READ, Totals},
 };
-use cluster::Cluster;
-use script::{Item, Script};
 
+/// How many nodes there are.
+const NODES: u64 = 3;
 /// Trades of a tape that is made.
 const TRADES_DEFAULT: u64 = 20_000;
 /// When the killings happen, and how far the tape may run before each of them, in percent of the batches: so that there are
@@ -47,10 +48,6 @@ const BEFORE_SECOND_KILL_PERCENT: usize = 80;
 const FLOWING_PERCENT: usize = 2;
 /// How long a killed process stays away.
 const DOWN: Duration = Duration::from_secs(2);
-/// How long all parts may take to be finished, and all replicas to be equal.
-const QUIET_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often the cluster is asked while something is waited for.
-const POLL: Duration = Duration::from_millis(100);
 /// How often the totals are read while batches settle.
 const READ_INTERVAL: Duration = Duration::from_millis(250);
 /// A pause between commits that begins in this time around a kill belongs to it, in seconds: a little before, since the last
@@ -119,29 +116,32 @@ impl Checks {
 pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     // The tape is read before anything is started: a broken one costs nothing.
     let book = args.tape.book(TRADES_DEFAULT)?;
-    let folder = Folder::make(args.data.as_deref(), args.keep)?;
-    let mut cluster = Cluster::prepare(folder.path(), args.shards)?;
+    let folder = Folder::make(args.data.as_deref(), args.keep, "verdict-demo-")?;
+    let plan = Plan { name: "demo".into(), nodes: NODES, shards: args.shards, ..Plan::default() };
+    let mut cluster = Cluster::prepare(folder.path(), plan)?;
     let result = tokio::select! {
-        result = tell(&args, &book, &mut cluster, folder.path()) => Some(result),
-        () = interrupted() => None,
+        result = tell(&args, &book, &mut cluster, folder.path()) => Ok(result),
+        reader = interrupted() => Err(reader),
     };
     cluster.end().await;
     match result {
-        Some(Ok(true)) => {
+        Ok(Ok(true)) => {
             folder.tell_if_kept();
             Ok(ExitCode::SUCCESS)
         }
-        Some(Ok(false)) => {
+        Ok(Ok(false)) => {
             folder.keep();
             Ok(ExitCode::FAILURE)
         }
-        Some(Err(error)) => {
-            eprint!("{}", cluster.log_tails());
+        Ok(Err(error)) => {
+            crate::err!("{}", cluster.log_tails().trim_end());
             folder.keep();
             Err(error)
         }
-        None => {
-            eprintln!("interrupted: all nodes were ended");
+        Err(reader) => {
+            if reader {
+                crate::err!("interrupted: all nodes were ended");
+            }
             Ok(ExitCode::from(INTERRUPTED))
         }
     }
@@ -149,7 +149,8 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
 
 /// The whole story. Tells whether everything held.
 async fn tell(args: &DemoArgs, book: &Book, cluster: &mut Cluster, folder: &Path) -> anyhow::Result<bool> {
-    let client = cluster::client(cluster)?;
+    let addresses: Vec<String> = cluster.addresses().into_iter().map(|node| node.public).collect();
+    let client = processes::client(addresses.clone())?;
     let script = Script::new(book);
     let tape = book.tape();
     say(&format!(
@@ -164,8 +165,8 @@ async fn tell(args: &DemoArgs, book: &Book, cluster: &mut Cluster, folder: &Path
         say(&format!("{} broken lines were left out", tape.skipped));
     }
     let began = Instant::now();
-    cluster.start(&client).await.context("start the nodes")?;
-    let (addresses, seconds) = (cluster.addresses().join(", "), began.elapsed().as_secs_f64());
+    cluster.start_all(&client).await.context("start the nodes")?;
+    let (addresses, seconds) = (addresses.join(", "), began.elapsed().as_secs_f64());
     say(&format!("three nodes are up after {seconds:.1} s: {addresses}; data in {}", folder.display()));
 
     let window = (args.tape.window as usize).min(script.count() / 8).max(1);
@@ -245,7 +246,7 @@ async fn kill_leaders(
 
     gate.send_replace(percent(BEFORE_FIRST_KILL_PERCENT));
     wait_done(progress, percent(FIRST_KILL_PERCENT)).await;
-    let (first, led) = cluster.leader_of(client, 0).await?;
+    let (first, led) = leader_of(client, 0, cluster.shards()).await?;
     open(percent(BEFORE_SECOND_KILL_PERCENT)).await;
     kills.push(kill(client, cluster, progress, first, format!("it led {}", group_names(&led))).await?);
 
@@ -264,7 +265,7 @@ async fn shard_leader(
 ) -> anyhow::Result<(u64, Vec<u32>)> {
     let mut best: Option<(u32, u64, Vec<u32>)> = None;
     for shard in 1..=cluster.shards() {
-        let (node, led) = cluster.leader_of(client, shard).await?;
+        let (node, led) = leader_of(client, shard, cluster.shards()).await?;
         let cost = 2 * u32::from(led.contains(&0)) + u32::from(node == killed_before);
         if best.as_ref().is_none_or(|(least, _, _)| cost < *least) {
             best = Some((cost, node, led));
@@ -285,7 +286,7 @@ async fn kill(
     let what = format!("kill -9 of node {node}: {what}");
     progress.say(&what);
     sleep(DOWN).await;
-    cluster.restart(node)?;
+    cluster.start(node)?;
     cluster.wait_whole(client).await.with_context(|| format!("after the {what}"))?;
     progress.say(&format!("node {node} is back after {:.1} s", at.elapsed().as_secs_f64()));
     Ok(Kill { what, at, whole_at: Instant::now() })
@@ -355,57 +356,6 @@ async fn run_shown(client: &Client, work: &Work<'_>) -> Run {
     let run = work.run(client, &progress).await;
     progress.finish();
     run
-}
-
-/// Waits until no part is in doubt or waiting, no row is held, and every decision is confirmed by all participants.
-async fn wait_quiet(client: &Client) -> anyhow::Result<()> {
-    let started = Instant::now();
-    let mut missing = String::from("no node answers");
-    while started.elapsed() < QUIET_TIMEOUT {
-        match client.status().await {
-            Ok(status) => match not_quiet(&status) {
-                Some(what) => missing = what,
-                None => return Ok(()),
-            },
-            Err(error) => missing = error.to_string(),
-        }
-        sleep(POLL).await;
-    }
-    bail!("not everything is finished after {} s: {missing}", QUIET_TIMEOUT.as_secs())
-}
-
-fn not_quiet(status: &StatusResponse) -> Option<String> {
-    if let Some(node) = status.nodes.iter().find(|node| !node.reachable) {
-        return Some(format!("node {} doesn't answer: {}", node.node_id, node.error));
-    }
-    let busy = replicas(status).find(|(_, group)| {
-        group.in_doubt > 0 || group.held_locks > 0 || group.waiting > 0 || group.unfinished > 0
-    });
-    busy.map(|(node, group)| {
-        format!(
-            "group {} on node {}: {} in doubt, {} rows held, {} waiting, {} decisions not confirmed",
-            group.group_id, node.node_id, group.in_doubt, group.held_locks, group.waiting, group.unfinished
-        )
-    })
-}
-
-/// Waits until all replicas of each group show a hash at the same index, or two of them differ.
-async fn equal_replicas(client: &Client) -> anyhow::Result<StatusResponse> {
-    let started = Instant::now();
-    loop {
-        let status = client.status().await?;
-        if all_at_one_index(&status) || replicas_differ(&status) || started.elapsed() >= QUIET_TIMEOUT {
-            return Ok(status);
-        }
-        sleep(POLL).await;
-    }
-}
-
-fn all_at_one_index(status: &StatusResponse) -> bool {
-    replicas(status).all(|(_, one)| {
-        let group = replicas(status).filter(|(_, other)| other.group_id == one.group_id);
-        group.fold(true, |equal, (_, other)| equal && other.state_hash_index == one.state_hash_index)
-    })
 }
 
 fn check_run(checks: &mut Checks, script: &Script<'_>, run: &Run) {
@@ -523,24 +473,24 @@ fn print_summary(
     status: &StatusResponse,
     checks: &Checks,
 ) {
-    println!("\n{}", run.report);
+    crate::out!("\n{}", run.report);
     for kill in kills {
         let at = kill.at.duration_since(run.began).as_secs_f64();
         let pause = run.report.longest_pause(at - PAUSE_BEFORE_KILL, at + PAUSE_AFTER_KILL);
         let pause = pause.map_or("under 0.1 s".to_owned(), |pause| format!("{:.1} s", pause.seconds));
         let whole = kill.whole_at.duration_since(kill.at).as_secs_f64();
-        println!(
+        crate::out!(
             "{}, {at:.1} s into the run: {pause} without commits, all replicas back after {whole:.1} s",
             kill.what
         );
     }
-    println!("\n{}", totals_table(before, after));
-    print!("{}", hashes_table(status));
-    println!();
+    crate::out!("\n{}", totals_table(before, after));
+    crate::out!("{}", hashes_table(status).trim_end());
+    crate::out!();
     for (holds, claim) in &checks.lines {
-        println!("{} {claim}", if *holds { "ok    " } else { "FAILED" });
+        crate::out!("{} {claim}", if *holds { "ok    " } else { "FAILED" });
     }
-    println!("\n{}", if checks.all_hold() { "Everything holds." } else { "NOT EVERYTHING HOLDS." });
+    crate::out!("\n{}", if checks.all_hold() { "Everything holds." } else { "NOT EVERYTHING HOLDS." });
 }
 
 fn hashes_table(status: &StatusResponse) -> String {
@@ -557,81 +507,6 @@ fn hashes_table(status: &StatusResponse) -> String {
     text
 }
 
-fn group_name(group: u32) -> String {
-    if group == 0 { "coordinator".to_owned() } else { format!("shard {group}") }
-}
-
-fn group_names(groups: &[u32]) -> String {
-    groups.iter().map(|group| group_name(*group)).collect::<Vec<_>>().join(", ")
-}
-
 fn say(line: &str) {
-    eprintln!("{line}");
-}
-
-/// Waits until a person or the system asks this process to end.
-async fn interrupted() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let ended = |kind| async move {
-        match signal(kind) {
-            Ok(mut signal) => {
-                signal.recv().await;
-            }
-            // Without a handler the signal ends the process by itself.
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = ended(SignalKind::interrupt()) => {}
-        () = ended(SignalKind::terminate()) => {}
-        () = ended(SignalKind::hangup()) => {}
-    }
-}
-
-/// Where the nodes keep their data.
-enum Folder {
-    /// Removed in the end, unless something has failed.
-    Temporary(tempfile::TempDir),
-    /// Kept.
-    Kept(PathBuf),
-}
-
-impl Folder {
-    fn make(given: Option<&Path>, keep: bool) -> anyhow::Result<Folder> {
-        if let Some(path) = given {
-            std::fs::create_dir_all(path).with_context(|| format!("make {}", path.display()))?;
-            let mut entries = std::fs::read_dir(path).with_context(|| format!("list {}", path.display()))?;
-            anyhow::ensure!(
-                entries.next().is_none(),
-                "{} is not empty: the demo needs a new cluster",
-                path.display()
-            );
-            let path = path.canonicalize().with_context(|| format!("find {}", path.display()))?;
-            return Ok(Folder::Kept(path));
-        }
-        let folder = tempfile::Builder::new().prefix("verdict-demo-").tempdir().context("make a folder")?;
-        Ok(if keep { Folder::Kept(folder.keep()) } else { Folder::Temporary(folder) })
-    }
-
-    fn path(&self) -> &Path {
-        match self {
-            Folder::Temporary(folder) => folder.path(),
-            Folder::Kept(path) => path,
-        }
-    }
-
-    /// Keeps it for whoever looks for what went wrong.
-    fn keep(self) {
-        let path = match self {
-            Folder::Temporary(folder) => folder.keep(),
-            Folder::Kept(path) => path,
-        };
-        eprintln!("the nodes' data and logs are in {}", path.display());
-    }
-
-    fn tell_if_kept(&self) {
-        if let Folder::Kept(path) = self {
-            eprintln!("the nodes' data and logs are in {}", path.display());
-        }
-    }
+    crate::err!("{line}");
 }

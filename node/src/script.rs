@@ -1,4 +1,4 @@
-//! What the demo settles: the trades of a tape, and now and then an overdraft that must be refused.
+//! What the demo and the drills settle: the trades of a tape, and now and then an overdraft that must be refused.
 
 use verdict_client::{Batch, BatchBuilder, Row, row};
 

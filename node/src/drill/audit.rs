@@ -1,0 +1,207 @@
+//! The questions after a drill, when everything is mended and the load has ended.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use futures::{StreamExt as _, stream};
+use tokio::time::Instant;
+use uuid::{NoContext, Timestamp, Uuid};
+use verdict_client::{Batch, BatchBuilder, Client, Options, Row, row, value::Kind};
+use verdict_proto::v1::{Decision, history_entry::Change, outcome};
+
+use super::{
+    load::Load,
+    record::{Attempt, Audit, Said},
+};
+use crate::{
+    book::{Book, FEE_ACCOUNT},
+    cluster_state::{all_at_one_index, equal_replicas, wait_quiet},
+    ctl::status::replicas_differ,
+    totals::{ROWS_PER_READ, Totals},
+};
+
+/// Questions in flight at one node.
+const QUESTIONS: usize = 64;
+/// Batches in flight that are submitted again.
+const WINDOW: usize = 256;
+/// How long one answer may take.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// How long the server is asked to wait for a decision.
+const DECISION_WAIT: Duration = Duration::from_secs(5);
+/// Decisions, or changes, on one page.
+const PAGE: u32 = 10_000;
+/// The most pages.
+const PAGES_MAX: usize = 300;
+/// Ids that are submitted with other contents.
+const OTHER_CONTENTS: usize = 10;
+/// So old is an id that must be refused, in seconds.
+const TOO_OLD_SECONDS: u64 = 400 * 24 * 3600;
+
+/// Asks everything. What can't be answered is noted, and the rest is asked all the same.
+pub async fn audit(
+    load: &Load<'_>,
+    book: &Book,
+    client: &Client,
+    nodes: &[(u64, String)],
+    batches: &[Attempt],
+    from_position: u64,
+) -> Audit {
+    let mut audit = Audit::default();
+    let began = Instant::now();
+    audit.not_quiet = wait_quiet(client).await.err().map(|error| error.to_string());
+    audit.quiet_seconds = began.elapsed().as_secs_f64();
+
+    audit.asked = ask_nodes(nodes, batches, &mut audit.troubles).await;
+    audit.again = submit_again(load, client, batches).await;
+    (audit.other_contents, audit.too_old) = submit_wrong(client, batches).await;
+    let mut troubles = Vec::new();
+    let mut note = |what: &str, error: &anyhow::Error| troubles.push(format!("{what}: {error:#}"));
+    match records(load, client, batches).await {
+        Ok(records) => audit.records = records,
+        Err(error) => note("read the records", &error),
+    }
+    match decisions(client, batches).await {
+        Ok((decisions, complete)) => (audit.decisions, audit.decisions_complete) = (decisions, complete),
+        Err(error) => note("list the decisions", &error),
+    }
+    match fees(client, book, from_position).await {
+        Ok(fees) => audit.fees = fees,
+        Err(error) => note("read the history of the fee account", &error),
+    }
+    if let Err(error) = wait_quiet(client).await {
+        audit.not_quiet = Some(error.to_string());
+    }
+    match Totals::read(client, load.accounts()).await {
+        Ok(totals) => audit.balances = totals.balances.into_iter().map(|(_, balance)| balance).collect(),
+        Err(error) => note("read the balances", &error),
+    }
+    match equal_replicas(client).await {
+        Ok(status) => {
+            audit.equal = all_at_one_index(&status).then(|| !replicas_differ(&status));
+            if replicas_differ(&status) {
+                audit.equal = Some(false);
+            }
+        }
+        Err(error) => note("compare the replicas", &error),
+    }
+    audit.troubles.append(&mut troubles);
+    audit
+}
+
+/// Asks each node for each id.
+async fn ask_nodes(
+    nodes: &[(u64, String)],
+    batches: &[Attempt],
+    troubles: &mut Vec<String>,
+) -> Vec<(u64, usize, Said)> {
+    let mut clients = Vec::new();
+    for (node, address) in nodes {
+        let options = Options { timeout: PATIENCE, ..Options::default() };
+        match Client::connect([address.clone()], options) {
+            Ok(client) => clients.push((*node, client)),
+            Err(error) => troubles.push(format!("ask node {node}: {error}")),
+        }
+    }
+    let asked = clients.iter().map(|(node, client)| async move {
+        let questions = batches.iter().enumerate().map(|(number, batch)| async move {
+            let said = Said::of(&client.get_batch(&batch.id.to_string(), false, DECISION_WAIT).await);
+            (*node, number, said)
+        });
+        stream::iter(questions).buffer_unordered(QUESTIONS).collect::<Vec<_>>().await
+    });
+    futures::future::join_all(asked).await.into_iter().flatten().collect()
+}
+
+/// Submits every batch again under its id.
+async fn submit_again(load: &Load<'_>, client: &Client, batches: &[Attempt]) -> Vec<(usize, Said)> {
+    let submitter = client.submitter(WINDOW);
+    let work = batches.iter().enumerate().map(|(number, batch)| {
+        let answer = submitter.submit(load.batch(number, batch.id));
+        async move { (number, Said::of(&answer.await.result)) }
+    });
+    stream::iter(work).buffer_unordered(WINDOW).collect().await
+}
+
+type Wrong = Result<Said, String>;
+
+/// Submits what must be refused: known ids with other contents, and an id that is too old.
+async fn submit_wrong(client: &Client, batches: &[Attempt]) -> (Vec<Wrong>, Option<Wrong>) {
+    let submit = |batch: Batch| async move {
+        let answer = client.submit(&batch).await;
+        answer.map(|outcome| Said::of(&Ok(outcome))).map_err(|error| error.to_string())
+    };
+    let known = batches.iter().filter(|batch| batch.end().is_some()).take(OTHER_CONTENTS);
+    let mut others = Vec::new();
+    for batch in known {
+        let other = BatchBuilder::with_id(batch.id.to_string()).add(FEE_ACCOUNT, "other", 1).build();
+        others.push(submit(other).await);
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let then = now.as_secs().saturating_sub(TOO_OLD_SECONDS);
+    let id = Uuid::new_v7(Timestamp::from_unix(NoContext, then, 0));
+    let old = BatchBuilder::with_id(id.to_string()).add(FEE_ACCOUNT, "other", 1).build();
+    (others, Some(submit(old).await))
+}
+
+/// Whether each batch's record, its first operation, exists.
+async fn records(load: &Load<'_>, client: &Client, batches: &[Attempt]) -> anyhow::Result<Vec<bool>> {
+    let mut rows: Vec<Row> = Vec::with_capacity(batches.len());
+    for (number, batch) in batches.iter().enumerate() {
+        rows.extend(load.batch(number, batch.id).operations.into_iter().next().and_then(|first| first.row));
+    }
+    anyhow::ensure!(rows.len() == batches.len(), "a batch has no record");
+    let mut records = Vec::with_capacity(rows.len());
+    for rows in rows.chunks(ROWS_PER_READ) {
+        let values = client.read(rows.to_vec()).await?.values;
+        anyhow::ensure!(values.len() == rows.len(), "asked for {} rows and got {}", rows.len(), values.len());
+        records.extend(values.into_iter().map(|value| {
+            let kind = value.value.and_then(|value| value.kind);
+            matches!(kind, Some(Kind::Record(_)))
+        }));
+    }
+    Ok(records)
+}
+
+/// What the log says about our ids, and whether all of it was looked at.
+async fn decisions(client: &Client, batches: &[Attempt]) -> anyhow::Result<(Vec<(usize, Said)>, bool)> {
+    let ours: BTreeMap<String, usize> =
+        batches.iter().enumerate().map(|(number, batch)| (batch.id.to_string(), number)).collect();
+    let (mut decisions, mut from) = (Vec::new(), 0);
+    for _ in 0..PAGES_MAX {
+        let page = client.list_decisions(from, PAGE).await?;
+        decisions.extend(page.decisions.iter().filter_map(|decision| {
+            let number = ours.get(&decision.outcome.as_ref()?.batch_id)?;
+            Some((*number, said(decision)?))
+        }));
+        from = page.next;
+        if from == 0 {
+            return Ok((decisions, true));
+        }
+    }
+    Ok((decisions, false))
+}
+
+fn said(decision: &Decision) -> Option<Said> {
+    match decision.outcome.as_ref()?.result.as_ref()? {
+        outcome::Result::Committed(committed) => Some(Said::Committed(committed.stamp)),
+        outcome::Result::Aborted(aborted) => Some(Said::Aborted(aborted.reason())),
+        outcome::Result::Undecided(_) => Some(Said::Unknown),
+    }
+}
+
+/// Who changed the fee account after a position, and by how much.
+async fn fees(client: &Client, book: &Book, from_position: u64) -> anyhow::Result<Vec<(Uuid, i128)>> {
+    let account = row(FEE_ACCOUNT, book.tape().symbol.quote.clone());
+    let (mut fees, mut from) = (Vec::new(), from_position + 1);
+    for _ in 0..PAGES_MAX {
+        let page = client.history(account.clone(), from, PAGE).await?;
+        for entry in page.entries {
+            let Some(Change::Delta(delta)) = entry.change else { anyhow::bail!("a fee is no delta") };
+            fees.push((entry.batch_id.parse()?, delta.parse()?));
+        }
+        from = page.next;
+        if from == 0 {
+            return Ok(fees);
+        }
+    }
+    anyhow::bail!("there are more than {PAGES_MAX} pages of {PAGE}")
+}

@@ -1,0 +1,379 @@
+//! Plays the steps of a scenario, at their times, and writes down what was really done and when.
+
+use std::{
+    collections::BTreeSet,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use tokio::time::sleep;
+use verdict_client::Client;
+
+use super::{
+    field::Field,
+    load::Load,
+    record::{Event, EventKind},
+    scenario::{Action, Scenario, Step, Target, Way, When},
+    screen::Screen,
+};
+use crate::cluster_state::{self, group_name, group_names};
+
+/// How long a leader may take to be another one, when it is asked to move.
+const MOVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often it is asked whether it has.
+const POLL: Duration = Duration::from_millis(100);
+
+/// Plays a scenario.
+pub struct Player<'a> {
+    /// The cluster.
+    pub field: &'a tokio::sync::Mutex<Field>,
+    /// How many shards it has.
+    pub shards: u32,
+    /// A client of it.
+    pub client: &'a Client,
+    /// The load, for its clock.
+    pub load: &'a Load<'a>,
+    /// The screen.
+    pub screen: &'a Screen,
+    /// The nodes that can't take part at the moment.
+    pub impaired: &'a Mutex<BTreeSet<u64>>,
+}
+
+/// What happened with the nodes.
+#[derive(Debug, Default)]
+struct State {
+    /// What `it` means.
+    it: Vec<u64>,
+    down: BTreeSet<u64>,
+    paused: BTreeSet<u64>,
+    cut: BTreeSet<u64>,
+    slow: BTreeSet<u64>,
+    full: BTreeSet<u64>,
+    slow_disks: BTreeSet<u64>,
+}
+
+impl State {
+    fn impaired(&self) -> BTreeSet<u64> {
+        [&self.down, &self.paused, &self.cut, &self.full].into_iter().flatten().copied().collect()
+    }
+}
+
+impl Player<'_> {
+    /// Plays all steps, and in the end mends what is still broken. Gives what was done.
+    pub async fn play(&self, scenario: &Scenario) -> anyhow::Result<Vec<Event>> {
+        let mut events = Vec::new();
+        let mut state = State::default();
+        let mut ended = self.load.began();
+        for step in &scenario.steps {
+            let due = match step.when {
+                When::At(at) => self.load.began() + at,
+                When::After(after) => ended + after,
+            };
+            sleep(due.saturating_duration_since(Instant::now())).await;
+            let event = self.step(step, &mut state).await;
+            events.push(event.with_context(|| format!("line {}: {}", step.line, step.text))?);
+            ended = Instant::now();
+        }
+        // What the scenario leaves broken stays so until the load ends.
+        let end = self.load.began() + scenario.seconds;
+        sleep(end.saturating_duration_since(Instant::now())).await;
+        if let Some(event) = self.mend_all(&mut state).await.context("mend everything in the end")? {
+            events.push(event);
+        }
+        Ok(events)
+    }
+
+    async fn step(&self, step: &Step, state: &mut State) -> anyhow::Result<Event> {
+        let at = self.load.now();
+        let mut troubles = Vec::new();
+        let (what, kind) = match &step.action {
+            Action::WaitWhole => match self.wait_whole().await {
+                Ok(()) => ("all replicas take part".to_owned(), EventKind::Wait),
+                Err(error) => {
+                    let what = error.to_string();
+                    troubles.push(what.clone());
+                    (what, EventKind::Wait)
+                }
+            },
+            Action::MoveLeader(group) => {
+                (self.move_leader(*group).await?, EventKind::Fault { kills: false })
+            }
+            action => {
+                let (nodes, who) = match action.target() {
+                    Some(target) => self.find(target, state).await?,
+                    None => bail!("this step has no target"),
+                };
+                let done = self.act(action, &nodes, &who, at, state).await?;
+                state.it = nodes;
+                done
+            }
+        };
+        let impaired = state.impaired();
+        self.set_impaired(&impaired);
+        let done = self.load.now();
+        let event = Event { at, done, step: step.text.clone(), what, kind, impaired, troubles };
+        if kind == EventKind::Wait {
+            self.screen.say(&format!("{done:>6.1} s  {}", event.what));
+        }
+        Ok(event)
+    }
+
+    /// Does something to nodes. Gives what it was, for people.
+    async fn act(
+        &self,
+        action: &Action,
+        nodes: &[u64],
+        who: &str,
+        at: f64,
+        state: &mut State,
+    ) -> anyhow::Result<(String, EventKind)> {
+        let (fault, killing) = (EventKind::Fault { kills: false }, EventKind::Fault { kills: true });
+        let say = |what: String, kind| {
+            self.screen.say(&format!("{at:>6.1} s  {what}"));
+            (what, kind)
+        };
+        let set: BTreeSet<u64> = nodes.iter().copied().collect();
+        let mut field = self.field.lock().await;
+        // Who asks the others meanwhile must know before it happens.
+        match action {
+            Action::Kill(_) => {
+                state.down.extend(&set);
+                self.set_impaired(&state.impaired());
+                let said = say(format!("kill -9: {who}"), killing);
+                field.kill(nodes).await?;
+                state.paused.retain(|node| !set.contains(node));
+                Ok(said)
+            }
+            Action::Stop(_) => {
+                state.down.extend(&set);
+                self.set_impaired(&state.impaired());
+                let said = say(format!("stop in order: {who}"), killing);
+                field.stop(nodes).await?;
+                Ok(said)
+            }
+            Action::Start(_) | Action::Restart(_) => {
+                let mut running = Vec::new();
+                for node in nodes {
+                    if field.runs(*node).await? {
+                        running.push(*node);
+                    }
+                }
+                let restarts = matches!(action, Action::Restart(_)) && !running.is_empty();
+                let said = match restarts {
+                    true => say(format!("stop in order and start again: {who}"), killing),
+                    false => say(format!("start: {who}"), EventKind::Repair),
+                };
+                if restarts {
+                    state.down.extend(&running);
+                    self.set_impaired(&state.impaired());
+                    field.stop(&running).await?;
+                }
+                for node in nodes {
+                    if restarts || !running.contains(node) {
+                        field.start_node(*node).await?;
+                    }
+                }
+                state.down.retain(|node| !set.contains(node));
+                Ok(said)
+            }
+            Action::Pause(_) => {
+                state.paused.extend(&set);
+                self.set_impaired(&state.impaired());
+                let said = say(format!("pause: {who}"), fault);
+                field.pause(nodes).await?;
+                Ok(said)
+            }
+            Action::Resume(_) => {
+                let said = say(format!("resume: {who}"), EventKind::Repair);
+                field.resume(nodes).await?;
+                state.paused.retain(|node| !set.contains(node));
+                Ok(said)
+            }
+            Action::CutOff(_, way) => {
+                state.cut.extend(&set);
+                self.set_impaired(&state.impaired());
+                let said = say(format!("cut off {}: {who}", way_name(*way)), fault);
+                field.cut_off(nodes, *way).await?;
+                Ok(said)
+            }
+            Action::SlowNetwork(_, delay) => {
+                state.slow.extend(&set);
+                let said = say(format!("network slower by {} ms: {who}", delay.as_millis()), fault);
+                field.slow_network(nodes, *delay).await?;
+                Ok(said)
+            }
+            Action::MendNetwork(_) => {
+                let said = say(format!("network mended: {who}"), EventKind::Repair);
+                field.mend_network(nodes).await?;
+                state.cut.retain(|node| !set.contains(node));
+                state.slow.retain(|node| !set.contains(node));
+                Ok(said)
+            }
+            Action::SlowDisk(_, delay) => {
+                let said = say(format!("disk slower by {} ms: {who}", delay.as_millis()), fault);
+                state.slow_disks.extend(&set);
+                field.slow_disk(nodes, *delay)?;
+                Ok(said)
+            }
+            Action::FillDisk(_) => {
+                // A node whose writes fail stops for good.
+                state.full.extend(&set);
+                self.set_impaired(&state.impaired());
+                let said = say(format!("disk full: {who}"), killing);
+                field.fill_disk(nodes)?;
+                Ok(said)
+            }
+            Action::MendDisk(_) => {
+                let said = say(format!("disk mended: {who}"), EventKind::Repair);
+                field.mend_disk(nodes)?;
+                for node in nodes {
+                    if state.full.remove(node) && !field.runs(*node).await? {
+                        state.down.insert(*node);
+                    }
+                    state.slow_disks.remove(node);
+                }
+                Ok(said)
+            }
+            Action::Replace(_) => {
+                bail!("this program can't replace a node yet");
+            }
+            Action::MoveLeader(_) | Action::WaitWhole => bail!("this step has no target"),
+        }
+    }
+
+    /// The nodes that a target means now, and what to call them.
+    async fn find(&self, target: &Target, state: &State) -> anyhow::Result<(Vec<u64>, String)> {
+        let named = |nodes: Vec<u64>| {
+            let names: Vec<String> = nodes.iter().map(u64::to_string).collect();
+            let plural = if nodes.len() == 1 { "" } else { "s" };
+            let text = format!("node{plural} {}", names.join(", "));
+            (nodes, text)
+        };
+        match target {
+            Target::Node(node) => Ok(named(vec![*node])),
+            Target::It => Ok(named(state.it.clone())),
+            Target::All => {
+                let nodes = self.field.lock().await.nodes();
+                let text = format!("all {} nodes", nodes.len());
+                Ok((nodes, text))
+            }
+            Target::Leader(group) => {
+                let (node, led) = cluster_state::leader_of(self.client, *group, self.shards).await?;
+                Ok((vec![node], format!("node {node}, which leads {}", group_names(&led))))
+            }
+            Target::Follower(group) => {
+                let (leader, _) = cluster_state::leader_of(self.client, *group, self.shards).await?;
+                let nodes = self.replicas(*group).await?;
+                let follower = nodes.into_iter().find(|node| *node != leader);
+                let follower = follower.with_context(|| format!("{} has one replica", group_name(*group)))?;
+                Ok((vec![follower], format!("node {follower}, which follows in {}", group_name(*group))))
+            }
+            Target::Replicas(group) => {
+                let (nodes, text) = named(self.replicas(*group).await?);
+                Ok((nodes, format!("{text}, all of {}", group_name(*group))))
+            }
+        }
+    }
+
+    /// The voters of a group.
+    async fn replicas(&self, group: u32) -> anyhow::Result<Vec<u64>> {
+        let status = self.client.status().await.context("ask for the replicas of a group")?;
+        let voters = crate::ctl::status::replicas(&status)
+            .filter(|(_, replica)| replica.group_id == group)
+            .max_by_key(|(_, replica)| replica.term)
+            .map(|(_, replica)| replica.voters.clone());
+        voters.filter(|voters| !voters.is_empty()).with_context(|| format!("group {group} isn't known"))
+    }
+
+    async fn move_leader(&self, group: u32) -> anyhow::Result<String> {
+        let (from, _) = cluster_state::leader_of(self.client, group, self.shards).await?;
+        let text = format!("move the leader of {} away from node {from}", group_name(group));
+        self.screen.say(&format!("{:>6.1} s  {text}", self.load.now()));
+        let started = Instant::now();
+        while started.elapsed() < MOVE_TIMEOUT {
+            // It may be refused while others change; the status tells what counts.
+            let asked = self.client.transfer_leader(group, 0).await;
+            sleep(POLL).await;
+            let (now, _) = cluster_state::leader_of(self.client, group, self.shards).await?;
+            if now != from {
+                return Ok(format!("the leader of {} moves from node {from} to node {now}", group_name(group)));
+            }
+            asked.map(drop).or_else(|error| match started.elapsed() < MOVE_TIMEOUT / 2 {
+                true => Ok(()),
+                false => Err(error),
+            })?;
+        }
+        bail!("node {from} still leads {} after {} s", group_name(group), MOVE_TIMEOUT.as_secs())
+    }
+
+    async fn wait_whole(&self) -> anyhow::Result<()> {
+        let nodes = self.field.lock().await.nodes();
+        cluster_state::wait_whole(self.client, &nodes, self.shards, || Ok(())).await
+    }
+
+    /// Mends what is still broken, and waits until the cluster is whole.
+    async fn mend_all(&self, state: &mut State) -> anyhow::Result<Option<Event>> {
+        let at = self.load.now();
+        let mut field = self.field.lock().await;
+        let nodes = |set: &BTreeSet<u64>| set.iter().copied().collect::<Vec<u64>>();
+        let mut mended = Vec::new();
+        if !state.paused.is_empty() {
+            field.resume(&nodes(&state.paused)).await?;
+            mended.push("resumed");
+        }
+        if !state.cut.is_empty() || !state.slow.is_empty() {
+            let touched: BTreeSet<u64> = state.cut.union(&state.slow).copied().collect();
+            field.mend_network(&nodes(&touched)).await?;
+            mended.push("connected");
+        }
+        if !state.full.is_empty() || !state.slow_disks.is_empty() {
+            let touched: BTreeSet<u64> = state.full.union(&state.slow_disks).copied().collect();
+            field.mend_disk(&nodes(&touched))?;
+            mended.push("given a good disk");
+        }
+        let (mut started, mut troubles) = (false, Vec::new());
+        for node in field.nodes() {
+            if !field.runs(node).await? {
+                if !state.impaired().contains(&node) {
+                    troubles.push(format!("node {node} ended by itself"));
+                }
+                field.start_node(node).await?;
+                started = true;
+            }
+        }
+        if started {
+            mended.push("started");
+        }
+        drop(field);
+        if !mended.is_empty() {
+            self.screen.say(&format!("{at:>6.1} s  what is still broken is {}", mended.join(", ")));
+        }
+        *state = State::default();
+        self.set_impaired(&BTreeSet::new());
+        if let Err(error) = self.wait_whole().await {
+            troubles.push(error.to_string());
+        }
+        if mended.is_empty() && troubles.is_empty() {
+            return Ok(None);
+        }
+        let what = match mended.is_empty() {
+            true => "the end of the load".to_owned(),
+            false => format!("at the end, what is still broken is {}", mended.join(", ")),
+        };
+        let (step, impaired) = ("at the end".to_owned(), BTreeSet::new());
+        Ok(Some(Event { at, done: self.load.now(), step, what, kind: EventKind::Repair, impaired, troubles }))
+    }
+
+    fn set_impaired(&self, impaired: &BTreeSet<u64>) {
+        self.impaired.lock().expect("nothing panics while it holds this lock").clone_from(impaired);
+    }
+}
+
+fn way_name(way: Way) -> &'static str {
+    match way {
+        Way::Both => "both ways",
+        Way::Incoming => "one way, nothing gets in",
+        Way::Outgoing => "one way, nothing gets out",
+    }
+}
