@@ -67,7 +67,10 @@ impl StreamHandle {
         self.end.send_if_modified(|standing| {
             let first = standing.is_none();
             if first {
-                if let Err(status) = &end {
+                // UNAVAILABLE: this node stops, which is nothing to act upon.
+                if let Err(status) = &end
+                    && status.code() != tonic::Code::Unavailable
+                {
                     tracing::warn!(stream = self.serial, %status, "end the stream of a coordinator");
                 }
                 *standing = Some(end);
