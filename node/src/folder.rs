@@ -20,7 +20,11 @@ impl Folder {
         if let Some(path) = given {
             std::fs::create_dir_all(path).with_context(|| format!("make {}", path.display()))?;
             let mut entries = std::fs::read_dir(path).with_context(|| format!("list {}", path.display()))?;
-            anyhow::ensure!(entries.next().is_none(), "{} is not empty: a new cluster is needed", path.display());
+            anyhow::ensure!(
+                entries.next().is_none(),
+                "{} is not empty: a new cluster is needed",
+                path.display()
+            );
             let path = path.canonicalize().with_context(|| format!("find {}", path.display()))?;
             return Ok(Folder::Kept(path));
         }

@@ -42,7 +42,8 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("VERDICT_LOG")
         .unwrap_or_else(|_| EnvFilter::new(format!("warn,{}", verdict_raft::QUIET)));
     let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter)
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
         .with_ansi(colours)
         .log_internal_errors(false)
         .with_writer(std::io::stderr)

@@ -248,7 +248,8 @@ fn end_with_parent() -> Result<()> {
     {
         // This ends a process that stands still, too.
         let signal = Some(rustix::process::Signal::KILL);
-        rustix::process::set_parent_process_death_signal(signal).context("ask to be ended with the parent")?;
+        rustix::process::set_parent_process_death_signal(signal)
+            .context("ask to be ended with the parent")?;
     }
     // The parent may have ended before that; and not every system has it.
     let watch = || {

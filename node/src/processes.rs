@@ -108,7 +108,16 @@ impl Cluster {
             let log = path(format!("node-{node}.log"));
             let environment = Vec::new();
             let (child, lifeline) = (None, None);
-            processes.push(Process { node, addresses, config: file, data, log, environment, child, lifeline });
+            processes.push(Process {
+                node,
+                addresses,
+                config: file,
+                data,
+                log,
+                environment,
+                child,
+                lifeline,
+            });
         }
         Ok(Cluster { processes, plan })
     }
@@ -182,7 +191,9 @@ impl Cluster {
         for (node, mut child) in children {
             let ended = tokio::time::timeout(STOP_TIMEOUT, child.wait()).await;
             let status = ended
-                .with_context(|| format!("node {node} has not ended {} s after SIGTERM", STOP_TIMEOUT.as_secs()))?
+                .with_context(|| {
+                    format!("node {node} has not ended {} s after SIGTERM", STOP_TIMEOUT.as_secs())
+                })?
                 .with_context(|| format!("wait for the end of node {node}"))?;
             anyhow::ensure!(status.success(), "node {node} was asked to end, and ended with {status}");
         }
@@ -264,7 +275,9 @@ impl Cluster {
     fn signal(&self, node: u64, signal: Signal) -> anyhow::Result<()> {
         // The process is a child that nobody has waited for: its id can't belong to another one.
         let id = self.find(node)?.child.as_ref().and_then(Child::id);
-        let id = id.and_then(|id| Pid::from_raw(id as i32)).with_context(|| format!("node {node} isn't running"))?;
+        let id = id
+            .and_then(|id| Pid::from_raw(id as i32))
+            .with_context(|| format!("node {node} isn't running"))?;
         kill_process(id, signal).with_context(|| format!("signal node {node}"))
     }
 

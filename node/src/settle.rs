@@ -610,7 +610,13 @@ pub async fn run(args: SettleArgs) -> anyhow::Result<ExitCode> {
     let client = Client::connect(args.connect, Options::default())?;
     let window = args.tape.window as usize;
     let tape = book.tape();
-    crate::err!("{}: {} trades of {}, {} users", tape.name, tape.trades.len(), tape.symbol, book.needs().len());
+    crate::err!(
+        "{}: {} trades of {}, {} users",
+        tape.name,
+        tape.trades.len(),
+        tape.symbol,
+        book.needs().len()
+    );
     if tape.skipped > 0 {
         crate::err!("{} broken lines were left out", tape.skipped);
     }
@@ -634,7 +640,11 @@ pub async fn run(args: SettleArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         crate::out!("{}", report_json(&report, &before, &after)?);
     } else {
-        crate::out!("funded       {} users, {} were funded before", funding.committed, funding.already_settled);
+        crate::out!(
+            "funded       {} users, {} were funded before",
+            funding.committed,
+            funding.already_settled
+        );
         crate::out!("{report}");
         crate::out!("{}", totals_table(&before, &after).trim_end());
         crate::out!("{}", verdict_line(settled, kept, &report, funding.committed > 0));

@@ -18,8 +18,7 @@ fn a_drill_kills_the_coordinators_leader_and_reports_in_json_and_html() {
     let folder = tempfile::tempdir().expect("make a folder");
     let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
     let (html, json) = (path("report.html"), path("report.json"));
-    let arguments =
-        ["drill", "kill-coordinator", "--rate", "100", "--out", &html, "--json", &json];
+    let arguments = ["drill", "kill-coordinator", "--rate", "100", "--out", &html, "--json", &json];
     let output = run_to_end(&arguments, DRILL_WITHIN);
     let text = String::from_utf8_lossy(&output.stdout);
     println!("{text}\n{}", String::from_utf8_lossy(&output.stderr));
@@ -28,7 +27,8 @@ fn a_drill_kills_the_coordinators_leader_and_reports_in_json_and_html() {
         assert!(line.chars().count() <= 80, "{line:?} doesn't fit a terminal");
     }
 
-    let report: Json = serde_json::from_str(&fs::read_to_string(&json).expect("a JSON report")).expect("JSON");
+    let report: Json =
+        serde_json::from_str(&fs::read_to_string(&json).expect("a JSON report")).expect("JSON");
     assert_eq!((report["format"].as_u64(), report["held"].as_bool()), (Some(1), Some(true)));
     let committed = report["load"]["outcomes"]["committed"].as_u64().expect("a count");
     assert!(committed > 700, "15 s at 100/s, and only {committed} are committed");

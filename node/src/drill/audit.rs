@@ -15,7 +15,7 @@ use super::{
 use crate::{
     book::{Book, FEE_ACCOUNT},
     cluster_state::{all_at_one_index, equal_replicas, wait_quiet},
-    ctl::status::replicas_differ,
+    ctl::status::{replicas, replicas_differ},
     totals::{ROWS_PER_READ, Totals},
 };
 
@@ -33,8 +33,6 @@ const PAGE: u32 = 10_000;
 const PAGES_MAX: usize = 300;
 /// Ids that are submitted with other contents.
 const OTHER_CONTENTS: usize = 10;
-/// So old is an id that must be refused, in seconds.
-const TOO_OLD_SECONDS: u64 = 400 * 24 * 3600;
 
 /// Asks everything. What can't be answered is noted, and the rest is asked all the same.
 pub async fn audit(
@@ -135,11 +133,20 @@ async fn submit_wrong(client: &Client, batches: &[Attempt]) -> (Vec<Wrong>, Opti
         let other = BatchBuilder::with_id(batch.id.to_string()).add(FEE_ACCOUNT, "other", 1).build();
         others.push(submit(other).await);
     }
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let then = now.as_secs().saturating_sub(TOO_OLD_SECONDS);
-    let id = Uuid::new_v7(Timestamp::from_unix(NoContext, then, 0));
+    // A young cluster has forgotten nothing yet.
+    let Some(horizon_ms) = horizon_ms(client).await.filter(|horizon_ms| *horizon_ms > 0) else {
+        return (others, None);
+    };
+    let (seconds, nanoseconds) = (horizon_ms / 1000, (horizon_ms % 1000) as u32 * 1_000_000);
+    let id = Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, nanoseconds));
     let old = BatchBuilder::with_id(id.to_string()).add(FEE_ACCOUNT, "other", 1).build();
     (others, Some(submit(old).await))
+}
+
+/// Up to where ids are refused because they are too old.
+async fn horizon_ms(client: &Client) -> Option<u64> {
+    let status = client.status().await.ok()?;
+    replicas(&status).map(|(_, replica)| replica.horizon_ms).max()
 }
 
 /// Whether each batch's record, its first operation, exists.

@@ -49,9 +49,12 @@ impl Compose {
             .collect();
         nodes.sort_by_key(|container| container.node);
         if nodes.is_empty() {
-            bail!("there are no containers {name}-coordinator-1 and so on: start the cluster with docker/up.sh");
+            bail!(
+                "there are no containers {name}-coordinator-1 and so on: start the cluster with docker/up.sh"
+            );
         }
-        let shards = nodes.iter().filter(|container| container.node > 10).map(|container| container.node / 10);
+        let shards =
+            nodes.iter().filter(|container| container.node > 10).map(|container| container.node / 10);
         let shards = u32::try_from(shards.max().unwrap_or_default()).context("count the shards")?;
         Ok(Compose { name, nodes, shards })
     }
@@ -111,10 +114,12 @@ impl Compose {
             match way {
                 Way::Both => docker(&["network", "disconnect", &network, &container]).await.map(drop)?,
                 Way::Incoming => {
-                    self.in_network(*node, &["iptables", "-I", "INPUT", "-s", subnet.trim(), "-j", "DROP"]).await?;
+                    self.in_network(*node, &["iptables", "-I", "INPUT", "-s", subnet.trim(), "-j", "DROP"])
+                        .await?;
                 }
                 Way::Outgoing => {
-                    self.in_network(*node, &["iptables", "-I", "OUTPUT", "-d", subnet.trim(), "-j", "DROP"]).await?;
+                    self.in_network(*node, &["iptables", "-I", "OUTPUT", "-d", subnet.trim(), "-j", "DROP"])
+                        .await?;
                 }
             }
         }
@@ -221,6 +226,9 @@ mod tests {
     fn containers_are_nodes_by_their_names() {
         assert_eq!(node_of("coordinator-3"), Some(3));
         assert_eq!(node_of("shard-2-1"), Some(21));
-        assert_eq!((node_of("shard-2"), node_of("prometheus-1"), node_of("coordinator-x")), (None, None, None));
+        assert_eq!(
+            (node_of("shard-2"), node_of("prometheus-1"), node_of("coordinator-x")),
+            (None, None, None)
+        );
     }
 }

@@ -16,6 +16,10 @@ pub const RESOLVED_WITHIN_SECONDS: f64 = 10.0;
 const AWAY_MIN_SECONDS: f64 = 1.0;
 /// A stretch without commits that is shorter is none.
 const PAUSE_MIN_SECONDS: f64 = 0.1;
+/// A stretch without commits that begins so long after an event, or later, doesn't come from it.
+const BEGINS_WITHIN_SECONDS: f64 = 3.0;
+/// What a node said is forgotten after so long: it may be dead.
+const SAMPLE_SECONDS: f64 = 1.0;
 /// The plots have about so many steps.
 const STEPS: f64 = 160.0;
 /// The shortest step, in seconds.
@@ -139,13 +143,14 @@ fn series(record: &Record) -> Series {
         series.p99_ms.push(quantile(&latencies, 0.99));
     }
     // Each node tells of what it leads; one step may hold several samples of each.
-    let mut latest: BTreeMap<u64, u32> = BTreeMap::new();
+    let mut latest: BTreeMap<u64, (f64, u32)> = BTreeMap::new();
     let mut samples: Vec<_> = record.samples.iter().collect();
     samples.sort_by(|one, other| one.at.total_cmp(&other.at));
     for sample in samples {
-        latest.insert(sample.node, sample.in_doubt + sample.waiting);
+        latest.insert(sample.node, (sample.at, sample.in_doubt + sample.waiting));
         if let Some(place) = place(sample.at) {
-            let sum = latest.values().sum();
+            let told = latest.values().filter(|(at, _)| sample.at - at <= SAMPLE_SECONDS);
+            let sum = told.map(|(_, parts)| parts).sum();
             series.parts[place] = Some(series.parts[place].unwrap_or_default().max(sum));
         }
     }
@@ -155,12 +160,14 @@ fn series(record: &Record) -> Series {
 fn event_report(record: &Record, place: usize) -> EventReport {
     let event = &record.events[place];
     let until = next_event(record, place).map_or(f64::INFINITY, |next| next.at);
-    let pause = longest_pause(&commit_times(record), event.at, until, record.load_seconds);
+    let begins_until = until.min(event.done + BEGINS_WITHIN_SECONDS);
+    let pause = longest_pause(&commit_times(record), event.at, begins_until, record.load_seconds);
     let resolved = resolved_at(record, event, &pause);
     let majority = majority_at(record, place);
-    let ended = record.batches.iter().filter(|batch| {
-        batch.end().is_some_and(|end| (event.at..until).contains(&end.at))
-    });
+    let ended = record
+        .batches
+        .iter()
+        .filter(|batch| batch.end().is_some_and(|end| (event.at..until).contains(&end.at)));
     EventReport {
         at: event.at,
         done_at: event.done,
@@ -246,7 +253,8 @@ fn without_majority(record: &Record, impaired: &BTreeSet<u64>) -> Vec<u32> {
 
 /// When, after an event, every group had a majority again.
 fn majority_at(record: &Record, place: usize) -> Option<f64> {
-    let back = record.events[place..].iter().find(|event| without_majority(record, &event.impaired).is_empty());
+    let back =
+        record.events[place..].iter().find(|event| without_majority(record, &event.impaired).is_empty());
     back.map(|event| event.done)
 }
 
@@ -287,7 +295,8 @@ fn atomic(record: &Record) -> Promise {
 }
 
 fn decided_once(record: &Record) -> Promise {
-    let mut asked = Check::new("each node, asked for each id afterwards, tells the outcome that was answered");
+    let mut asked =
+        Check::new("each node, asked for each id afterwards, tells the outcome that was answered");
     for (node, number, said) in &record.audit.asked {
         compare(&mut asked, record, *number, said, &format!("node {node}"));
     }
@@ -350,15 +359,20 @@ fn exactly_once(record: &Record) -> Promise {
     if let Some(said) = &audit.too_old {
         old.see(matches!(said, Err(error) if error.contains("too old")), || format!("{said:?}"));
     }
+    let mut notes = Vec::new();
+    if old.checked == 0 {
+        notes.push("ids that are too old: the cluster is young and remembers all".to_owned());
+    }
     let says = "An id takes effect at most once, however often and wherever it is submitted.";
-    Promise::new("G3", "Exactly once", says, vec![during, after, history, other, old], Vec::new())
+    Promise::new("G3", "Exactly once", says, vec![during, after, history, other, old], notes)
 }
 
 fn durable(record: &Record) -> Promise {
     let deaths: Vec<&Event> =
         record.events.iter().filter(|event| event.kind == (EventKind::Fault { kills: true })).collect();
     let last = deaths.iter().map(|event| event.at).fold(f64::NEG_INFINITY, f64::max);
-    let mut stands = Check::new("outcomes that were answered before a process died stand afterwards, at each node");
+    let mut stands =
+        Check::new("outcomes that were answered before a process died stand afterwards, at each node");
     for (node, number, said) in &record.audit.asked {
         let before = record.batches[*number].end().is_some_and(|end| end.at <= last);
         if before {
@@ -369,7 +383,8 @@ fn durable(record: &Record) -> Promise {
     match deaths.is_empty() {
         true => notes.push("no process died in this scenario".to_owned()),
         false => notes.push(
-            "processes died; power was not cut, so what the system had taken it kept, and no disk was lost".to_owned(),
+            "processes died; power was not cut, so what the system had taken it kept, and no disk was lost"
+                .to_owned(),
         ),
     }
     let says = "What was answered survives the loss of power of all, and of a minority for good.";
@@ -377,7 +392,8 @@ fn durable(record: &Record) -> Promise {
 }
 
 fn isolated(record: &Record) -> Promise {
-    let mut whole = Check::new("each read of all balances is the state at its position: whole batches, in one order");
+    let mut whole =
+        Check::new("each read of all balances is the state at its position: whole batches, in one order");
     let mut sums = Check::new("each read adds up");
     let mut fresh = Check::new("no read is older than what was answered before it was asked");
     let total = sums_of(record, &record.initial);
@@ -400,7 +416,10 @@ fn isolated(record: &Record) -> Promise {
             let place = differ.unwrap_or_default();
             format!(
                 "at position {} {}#{} should be {} and was read as {}",
-                read.position, record.accounts[place].partition, record.accounts[place].name, state[place],
+                read.position,
+                record.accounts[place].partition,
+                record.accounts[place].name,
+                state[place],
                 read.balances[place]
             )
         });
@@ -423,7 +442,9 @@ fn isolated(record: &Record) -> Promise {
             greatest = greatest.max(by_end[place].1);
             place += 1;
         }
-        order.see(stamp > greatest, || format!("{} has stamp {stamp}, and {greatest} was answered before", batch.id));
+        order.see(stamp > greatest, || {
+            format!("{} has stamp {stamp}, and {greatest} was answered before", batch.id)
+        });
     }
     let mut unique = Check::new("no two batches have the same stamp");
     for pair in committed.windows(2) {
@@ -447,7 +468,8 @@ fn honest(record: &Record) -> Promise {
         definite.see(end.is_some(), || format!("{}: {:?}", batch.id, batch.answers.last()));
         match (batch.kind, end) {
             (Kind::Trade, Some(Said::Aborted(reason))) => {
-                rejections.see(!is_about_values(*reason), || format!("{}: {}", batch.id, reason_name(*reason)));
+                rejections
+                    .see(!is_about_values(*reason), || format!("{}: {}", batch.id, reason_name(*reason)));
             }
             (Kind::Trade, _) => rejections.see(true, String::new),
             (Kind::Overdraft, Some(said)) => {
@@ -467,13 +489,15 @@ fn honest(record: &Record) -> Promise {
 fn never_short(record: &Record) -> Promise {
     let mut last = Check::new("no balance is below 0 in the end");
     let mut during = Check::new("no balance was below 0 in any read");
-    let names = |place: usize| format!("{}#{}", record.accounts[place].partition, record.accounts[place].name);
+    let names =
+        |place: usize| format!("{}#{}", record.accounts[place].partition, record.accounts[place].name);
     for (place, balance) in bounded_balances(record, &record.audit.balances) {
         last.see(balance >= 0, || format!("{} is {balance}", names(place)));
     }
     for read in &record.reads {
         for (place, balance) in bounded_balances(record, &read.balances) {
-            during.see(balance >= 0, || format!("{} is {balance} at position {}", names(place), read.position));
+            during
+                .see(balance >= 0, || format!("{} is {balance} at position {}", names(place), read.position));
         }
     }
     let says = "A balance with a floor never goes below it.";
@@ -482,21 +506,24 @@ fn never_short(record: &Record) -> Promise {
 
 fn not_blocked(record: &Record) -> Promise {
     let within = RESOLVED_WITHIN_SECONDS;
-    let mut again = Check::new(format!("commits go on within {within:.0} s of a majority of each group being up"));
-    let mut resolved = Check::new(format!("what was in doubt is resolved within {within:.0} s of that"));
-    let mut notes = Vec::new();
-    for (place, event) in record.events.iter().enumerate().filter(|(_, event)| event.kind != EventKind::Wait) {
+    let mut again =
+        Check::new(format!("with a majority of each group up, no {within:.0} s pass without a commit"));
+    let mut resolved =
+        Check::new(format!("what was in doubt is resolved within {within:.0} s of a majority being up"));
+    let (mut notes, commits) = (Vec::new(), commit_times(record));
+    for (place, event) in record.events.iter().enumerate().filter(|(_, event)| event.kind != EventKind::Wait)
+    {
         let Some(majority) = majority_at(record, place) else { continue };
         let report = event_report(record, place);
+        let until = next_event(record, place).map_or(f64::INFINITY, |next| next.at);
+        let pause = longest_pause(&commits, majority, until, record.load_seconds);
         // Nothing is known of a time after the load.
-        if majority + within > record.load_seconds && report.commits_again_at.is_none() {
+        if pause.end.is_none() && pause.seconds < within {
             notes.push(format!("the load ended too soon after {:?} to tell", event.step));
             continue;
         }
-        let commits = report.commits_again_at.map(|at| at - majority);
-        again.see(commits.is_some_and(|seconds| seconds <= within), || match commits {
-            Some(seconds) => format!("{}: after {seconds:.1} s", event.what),
-            None => format!("{}: not while the load ran", event.what),
+        again.see(pause.seconds <= within, || {
+            format!("{}: {:.1} s without commits", event.what, pause.seconds)
         });
         let after = report.resolved_after_majority_seconds;
         resolved.see(after.is_some_and(|seconds| seconds <= within), || match after {
@@ -518,7 +545,8 @@ fn not_blocked(record: &Record) -> Promise {
 
 fn bounded(record: &Record) -> Promise {
     let parts_max = record.window as u64 * record.replicas.len().max(1) as u64;
-    let mut parts = Check::new(format!("shards held no more parts than batches were in flight ({parts_max})"));
+    let mut parts =
+        Check::new(format!("shards held no more parts than batches were in flight ({parts_max})"));
     for sample in &record.samples {
         let held = u64::from(sample.in_doubt) + u64::from(sample.waiting);
         parts.see(held <= parts_max, || format!("node {} held {held} at {:.1} s", sample.node, sample.at));
@@ -684,7 +712,8 @@ pub(crate) mod tests {
             troubles: Vec::new(),
         };
         let doubt = |at, since: &[f64]| Doubt { at, since: since.to_vec(), complete: true };
-        let hash = |text: &str, nodes: &[u64]| BTreeMap::from([(text.to_owned(), nodes.iter().copied().collect())]);
+        let hash =
+            |text: &str, nodes: &[u64]| BTreeMap::from([(text.to_owned(), nodes.iter().copied().collect())]);
         Record {
             load_seconds: 10.0,
             window: 16,
@@ -696,7 +725,12 @@ pub(crate) mod tests {
             reads: vec![read(20, 2.2), read(60, 6.2)],
             reads_unanswered: 1,
             events: vec![
-                event(4.0, "kill -9: node 1, which leads coordinator", EventKind::Fault { kills: true }, &[1]),
+                event(
+                    4.0,
+                    "kill -9: node 1, which leads coordinator",
+                    EventKind::Fault { kills: true },
+                    &[1],
+                ),
                 event(7.0, "start: node 1", EventKind::Repair, &[]),
             ],
             replicas: BTreeMap::from([(0, vec![1, 2, 3]), (1, vec![1, 2, 3]), (2, vec![1, 2, 3])]),
@@ -705,7 +739,9 @@ pub(crate) mod tests {
             hashes: BTreeMap::from([((1, 9), hash("aa", &[1, 2])), ((1, 10), hash("bb", &[3]))]),
             audit: Audit {
                 balances: vec![500, 400, 100, -1000],
-                asked: (1..=3).flat_map(|node| said.iter().map(move |(n, said)| (node, *n, said.clone()))).collect(),
+                asked: (1..=3)
+                    .flat_map(|node| said.iter().map(move |(n, said)| (node, *n, said.clone())))
+                    .collect(),
                 again: said.clone(),
                 records: batches.iter().map(|batch| batch.stamp().is_some()).collect(),
                 decisions: said,
@@ -751,7 +787,10 @@ pub(crate) mod tests {
         assert!((start.resolved_seconds.unwrap() - 0.1).abs() < 1e-9, "{start:?}");
         assert_eq!((kill.outcomes.committed, kill.outcomes.unknown), (30, 1));
         let outcomes = &report.load.outcomes;
-        assert_eq!((outcomes.committed, outcomes.aborted["SHORT_OF_FUNDS"], outcomes.unknown_committed), (100, 1, 1));
+        assert_eq!(
+            (outcomes.committed, outcomes.aborted["SHORT_OF_FUNDS"], outcomes.unknown_committed),
+            (100, 1, 1)
+        );
         assert_eq!(report.series.committed.iter().sum::<u32>(), 100);
         assert!((report.load.p50_ms - 50.0).abs() < 0.01 && (report.load.max_ms - 1050.0).abs() < 0.01);
         let g9 = &report.promises[8];
@@ -804,13 +843,15 @@ pub(crate) mod tests {
     fn lies_about_one_batch_are_found() {
         // Two batches change their stamps: the later one was sent after the earlier one was answered.
         let swapped = after(|record| {
-            let (one, other) = (record.batches[10].answers[0].said.clone(), record.batches[50].answers[0].said.clone());
+            let (one, other) =
+                (record.batches[10].answers[0].said.clone(), record.batches[50].answers[0].said.clone());
             record.batches[10].answers[0].said = other;
             record.batches[50].answers[0].said = one;
         });
         assert!(swapped.contains(&"G5".to_owned()), "{swapped:?}");
         // A trade that had its funds is told to be short of them, and truly had no effect.
-        let short = after(|record| record.batches[90].answers[0].said = Said::Aborted(AbortReason::ShortOfFunds));
+        let short =
+            after(|record| record.batches[90].answers[0].said = Said::Aborted(AbortReason::ShortOfFunds));
         assert!(short.contains(&"G6".to_owned()), "{short:?}");
         let unresolved = after(|record| drop(record.batches[40].answers.pop()));
         assert!(unresolved.contains(&"G6".to_owned()), "{unresolved:?}");

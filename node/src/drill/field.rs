@@ -155,7 +155,9 @@ impl Field {
                 let outgoing = |from: u64, _| nodes.contains(&from);
                 let cut = |link: &mut Link| link.cut = true;
                 match way {
-                    Way::Both => local.network.change(|from, to| incoming(from, to) || outgoing(from, to), cut),
+                    Way::Both => {
+                        local.network.change(|from, to| incoming(from, to) || outgoing(from, to), cut)
+                    }
                     Way::Incoming => local.network.change(incoming, cut),
                     Way::Outgoing => local.network.change(outgoing, cut),
                 }

@@ -64,17 +64,17 @@ fn write_head(page: &mut String, report: &Report) {
 
 fn write_tiles(page: &mut String, report: &Report) {
     let (load, outcomes) = (&report.load, &report.load.outcomes);
-    let pause = report.events.iter().map(|event| event.without_commits_seconds).fold(0.0, f64::max);
-    let resolved = report.events.iter().filter_map(|event| event.resolved_after_majority_seconds);
-    let resolved = resolved.fold(0.0, f64::max);
+    let done = || numbered(report).map(|(_, event)| event);
+    let pause = done().map(|event| event.without_commits_seconds).fold(0.0, f64::max);
+    let resolved = done().filter_map(|event| event.resolved_after_majority_seconds).fold(0.0, f64::max);
     let tiles = [
-        (grouped(outcomes.committed), "batches committed"),
+        (grouped(outcomes.committed), "committed"),
         (grouped(outcomes.aborted_sum()), "aborted"),
         (grouped(outcomes.unknown), "UNKNOWN at first"),
-        (format!("{:.0}/s", load.per_second), "committed, over the whole load"),
-        (format!("{:.1} / {:.0} ms", load.p50_ms, load.p99_ms), "latency p50 / p99"),
+        (format!("{:.0}/s", load.per_second), "committed"),
+        (format!("{:.0} / {:.0} ms", load.p50_ms, load.p99_ms), "latency p50 / p99"),
         (format!("{pause:.2} s"), "longest time without a commit"),
-        (format!("{resolved:.2} s"), "until all in doubt was resolved, from when a majority was up"),
+        (format!("{resolved:.2} s"), "from a majority until all in doubt was resolved"),
     ];
     *page += "<div class=\"tiles\">\n";
     for (value, name) in tiles {
@@ -107,7 +107,10 @@ fn write_plots(page: &mut String, report: &Report) {
     *page += "<h2>Over time</h2>\n";
     write_plot(page, &plot("Throughput", "batches/s", vec![committed, aborted], false));
     write_plot(page, &plot("Latency of what ended then", "ms", vec![p50, p99], true));
-    write_plot(page, &plot("Parts in doubt or in line, on the leaders of the shards", "parts", vec![parts], false));
+    write_plot(
+        page,
+        &plot("Parts in doubt or in line, on the leaders of the shards", "parts", vec![parts], false),
+    );
     *page += "<p class=\"soft small\">Marks: <span class=\"no fault\">n</span> something breaks, \
               <span class=\"no repair\">n</span> something is mended; the table below tells what. Shaded: some node \
               can't take part.</p>\n";
@@ -149,18 +152,26 @@ fn write_events(page: &mut String, report: &Report) {
             Some(_) => format!("{:.2} s", event.without_commits_seconds),
             None => format!("&gt; {:.1} s", event.without_commits_seconds),
         };
-        let seconds = |seconds: Option<f64>| seconds.map_or("–".to_owned(), |seconds| format!("{seconds:.2} s"));
+        let seconds =
+            |seconds: Option<f64>| seconds.map_or("–".to_owned(), |seconds| format!("{seconds:.2} s"));
         let lost = match event.without_majority.is_empty() {
             true => String::new(),
             false => {
-                let names: Vec<String> =
-                    event.without_majority.iter().map(|group| crate::cluster_state::group_name(*group)).collect();
+                let names: Vec<String> = event
+                    .without_majority
+                    .iter()
+                    .map(|group| crate::cluster_state::group_name(*group))
+                    .collect();
                 format!("<br><span class=\"soft small\">no majority: {}</span>", names.join(", "))
             }
         };
         let mut ended = escape(&event.outcomes.in_words());
         if event.outcomes.unknown > 0 {
-            let _ = write!(ended, "<br><span class=\"soft small\">unknown: {}</span>", escape(&unknown(&event.outcomes)));
+            let _ = write!(
+                ended,
+                "<br><span class=\"soft small\">unknown: {}</span>",
+                escape(&unknown(&event.outcomes))
+            );
         }
         let _ = writeln!(
             page,
@@ -175,8 +186,8 @@ fn write_events(page: &mut String, report: &Report) {
             seconds(event.resolved_after_majority_seconds),
         );
     }
-    *page += "</table></div>\n<p class=\"soft small\">Without commits: the longest stretch without one that touches the \
-              time up to the next mark, counted from this one. In doubt resolved: until nothing was in doubt any more \
+    *page += "</table></div>\n<p class=\"soft small\">Without commits: the longest stretch without one that begins within 3 s, \
+              counted from the mark. In doubt resolved: until nothing was in doubt any more \
               that was so before commits went on; the second figure counts from when each group had a majority.</p>\n";
 }
 
@@ -235,14 +246,38 @@ fn write_load(page: &mut String, report: &Report) {
         rate => format!("{rate} trades per second"),
     };
     let mut facts = vec![
-        ("load", format!("{rate}, {} clients with a stream each, at most {} in flight", load.clients, load.window)),
+        (
+            "load",
+            format!("{rate}, {} clients with a stream each, at most {} in flight", load.clients, load.window),
+        ),
         ("for", format!("{:.1} s; tape of seed {}", load.seconds, load.seed)),
         ("batches", format!("{}: {}", grouped(load.batches), load.outcomes.in_words())),
         ("unknown", unknown(&load.outcomes)),
-        ("refused", format!("{} times before anything was proposed; tried again under the same id", load.outcomes.refused)),
-        ("latency", format!("p50 {:.1} ms, p99 {:.1} ms, longest {:.0} ms, from when a batch was due to its definite answer", load.p50_ms, load.p99_ms, load.max_ms)),
-        ("reads", format!("{} of all balances at one position, {} without an answer in time", load.reads, load.reads_unanswered)),
-        ("afterwards", format!("everything was finished {:.1} s after the load and its last answer", load.quiet_seconds)),
+        (
+            "refused",
+            format!(
+                "{} times before anything was proposed; tried again under the same id",
+                load.outcomes.refused
+            ),
+        ),
+        (
+            "latency",
+            format!(
+                "p50 {:.1} ms, p99 {:.1} ms, longest {:.0} ms, from when a batch was due to its definite answer",
+                load.p50_ms, load.p99_ms, load.max_ms
+            ),
+        ),
+        (
+            "reads",
+            format!(
+                "{} of all balances at one position, {} without an answer in time",
+                load.reads, load.reads_unanswered
+            ),
+        ),
+        (
+            "afterwards",
+            format!("everything was finished {:.1} s after the load and its last answer", load.quiet_seconds),
+        ),
     ];
     if let Some(memory) = load.memory_max {
         facts.push(("memory", format!("{} MiB in the largest process", memory >> 20)));

@@ -101,8 +101,7 @@ impl<'a> Load<'a> {
             // Each begins at another node.
             let (before, from) = addresses.split_at(number % addresses.len());
             let addresses: Vec<String> = from.iter().chain(before).cloned().collect();
-            let options =
-                Options { timeout: ANSWER_TIMEOUT, try_timeout: TRY_TIMEOUT, ..Options::default() };
+            let options = Options { timeout: ANSWER_TIMEOUT, try_timeout: TRY_TIMEOUT, ..Options::default() };
             Client::connect(addresses, options)
         };
         let clients = (0..clients).map(client).collect::<Result<Vec<Client>, _>>()?;
@@ -240,8 +239,7 @@ impl<'a> Load<'a> {
             Item::Overdraft(_) => Kind::Overdraft,
         };
         let (deltas, shards) = (self.deltas(&batch), shards_of(&batch, shards));
-        let mut attempt =
-            Attempt { id, kind, deltas, shards, due, sent: self.now(), answers: Vec::new() };
+        let mut attempt = Attempt { id, kind, deltas, shards, due, sent: self.now(), answers: Vec::new() };
         let started = Instant::now();
         while started.elapsed() < PATIENCE {
             let answer = submitter.submit(batch.clone()).await;

@@ -152,7 +152,8 @@ fn list() -> anyhow::Result<ExitCode> {
 
 fn show(name: &str) -> anyhow::Result<ExitCode> {
     let found = BUILT_IN.iter().find(|(known, _)| *known == name);
-    let (_, text) = found.with_context(|| format!("there is no scenario {name:?}: see `verdict drill list`"))?;
+    let (_, text) =
+        found.with_context(|| format!("there is no scenario {name:?}: see `verdict drill list`"))?;
     crate::out!("{}", text.trim_end());
     Ok(ExitCode::SUCCESS)
 }
@@ -312,8 +313,7 @@ async fn drill(
     let seed = args.seed.unwrap_or_else(time_as_seed);
     let book = book(args, scenario, seed)?;
     fund(&client, &book, args.window as usize).await.context("fund the users")?;
-    let mut load =
-        Load::new(&book, &addresses, args.clients as usize, args.rate, args.window as usize)?;
+    let mut load = Load::new(&book, &addresses, args.clients as usize, args.rate, args.window as usize)?;
     let before = Totals::read(&client, load.accounts()).await.context("read the balances before the load")?;
     let groups = groups(&client, scenario.shards).await?;
 
@@ -327,7 +327,9 @@ async fn drill(
         load_seconds: played.seen.seconds,
         window: args.window as usize,
         rate: args.rate,
-        unbounded: (0..load.accounts().len()).filter(|place| Load::is_unbounded(&load.accounts()[*place])).collect(),
+        unbounded: (0..load.accounts().len())
+            .filter(|place| Load::is_unbounded(&load.accounts()[*place]))
+            .collect(),
         accounts: load.accounts().to_vec(),
         initial: before.balances.iter().map(|(_, balance)| *balance).collect(),
         batches: played.seen.batches,

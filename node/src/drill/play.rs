@@ -96,9 +96,7 @@ impl Player<'_> {
                     (what, EventKind::Wait)
                 }
             },
-            Action::MoveLeader(group) => {
-                (self.move_leader(*group).await?, EventKind::Fault { kills: false })
-            }
+            Action::MoveLeader(group) => (self.move_leader(*group).await?, EventKind::Fault { kills: false }),
             action => {
                 let (nodes, who) = match action.target() {
                     Some(target) => self.find(target, state).await?,
@@ -297,7 +295,10 @@ impl Player<'_> {
             sleep(POLL).await;
             let (now, _) = cluster_state::leader_of(self.client, group, self.shards).await?;
             if now != from {
-                return Ok(format!("the leader of {} moves from node {from} to node {now}", group_name(group)));
+                return Ok(format!(
+                    "the leader of {} moves from node {from} to node {now}",
+                    group_name(group)
+                ));
             }
             asked.map(drop).or_else(|error| match started.elapsed() < MOVE_TIMEOUT / 2 {
                 true => Ok(()),

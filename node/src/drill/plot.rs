@@ -154,7 +154,8 @@ impl Plot {
 
     fn write_curve(&self, svg: &mut String, curve: &Curve) {
         // A step is drawn in its middle. Each stretch without a gap is a line of its own.
-        let point = |place: usize, value: f64| (self.x((place as f64 + 0.5) * self.step_seconds), self.y(value));
+        let point =
+            |place: usize, value: f64| (self.x((place as f64 + 0.5) * self.step_seconds), self.y(value));
         let mut stretches: Vec<Vec<(f64, f64)>> = vec![Vec::new()];
         for (place, value) in curve.values.iter().enumerate() {
             match value {

@@ -67,9 +67,9 @@ impl Network {
         let sources = Arc::new(sources);
         let mut listeners = Vec::new();
         for (node, addresses) in nodes {
-            let listener = TcpListener::bind(&addresses.public)
-                .await
-                .with_context(|| format!("listen on {} (all of 127.0.0.0/8 must be this machine)", addresses.public))?;
+            let listener = TcpListener::bind(&addresses.public).await.with_context(|| {
+                format!("listen on {} (all of 127.0.0.0/8 must be this machine)", addresses.public)
+            })?;
             let (links, sources, target) = (links.clone(), sources.clone(), addresses.listen.clone());
             listeners.push(tokio::spawn(accept(listener, *node, target, links, sources)));
         }

@@ -283,7 +283,8 @@ impl Scenario {
                     return Err((step.line, text));
                 }
                 if at >= self.seconds {
-                    let text = format!("{at:?} is after the end of the load: `seconds` is {:?}", self.seconds);
+                    let text =
+                        format!("{at:?} is after the end of the load: `seconds` is {:?}", self.seconds);
                     return Err((step.line, text));
                 }
                 before = at;
@@ -298,7 +299,8 @@ impl Scenario {
 
     /// Whether the nodes that the steps name are there.
     pub fn check_for(&self, nodes: &[u64]) -> Result<(), ScenarioError> {
-        let error = |step: &Step, problem| ScenarioError { name: self.name.clone(), line: step.line, problem };
+        let error =
+            |step: &Step, problem| ScenarioError { name: self.name.clone(), line: step.line, problem };
         for step in &self.steps {
             if let Some(Target::Node(node)) = step.action.target()
                 && !nodes.contains(node)
@@ -422,7 +424,9 @@ impl<'a> Words<'a> {
     fn number(&mut self, what: &str, min: u64, max: u64) -> Result<u64, String> {
         let word = self.next();
         let number = word.parse().ok().filter(|number| (min..=max).contains(number));
-        number.ok_or_else(|| format!("{} instead of {what}: expected a number from {min} to {max}", quoted(word)))
+        number.ok_or_else(|| {
+            format!("{} instead of {what}: expected a number from {min} to {max}", quoted(word))
+        })
     }
 
     fn duration(&mut self) -> Result<Duration, String> {
@@ -524,9 +528,21 @@ impl<'a> Words<'a> {
             }
             other => {
                 let known = [
-                    "kill", "stop", "start", "restart", "pause", "resume", "cut off", "slow network of",
-                    "slow disk of", "fill disk of", "mend network of", "mend disk of", "replace",
-                    "move leader of", "wait until whole",
+                    "kill",
+                    "stop",
+                    "start",
+                    "restart",
+                    "pause",
+                    "resume",
+                    "cut off",
+                    "slow network of",
+                    "slow disk of",
+                    "fill disk of",
+                    "mend network of",
+                    "mend disk of",
+                    "replace",
+                    "move leader of",
+                    "wait until whole",
                 ];
                 Err(expected(other, &known))
             }
@@ -644,7 +660,10 @@ mod tests {
             ("at 5s kill leader shard 2", "\"shard\": expected of"),
             ("at 5s kill leader of chard 2", "expected coordinator, shard N (did you mean \"shard\"?)"),
             ("at 5s kill leader of shard 9", "line 1: there is no shard 9: there are 4"),
-            ("at 5s kill leader of shard two", "\"two\" instead of a shard's number: expected a number from 1"),
+            (
+                "at 5s kill leader of shard two",
+                "\"two\" instead of a shard's number: expected a number from 1",
+            ),
             ("at 5s kill node 4", "line 1: there is no node 4: there are [1, 2, 3]"),
             ("at 5s kill it", "`it` means the nodes of the step before"),
             ("at 5s kill node 1 now", "\"now\" is too much: expected the end of the line"),

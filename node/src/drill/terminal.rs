@@ -8,6 +8,8 @@ use super::report::{EventReport, Outcomes, Report, Verdict};
 const WIDTH: usize = 80;
 /// The width of the curve.
 const CURVE: usize = 54;
+/// Where the text about an event begins.
+const EVENT_INDENT: usize = 39;
 /// Heights that one letter can show.
 const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
@@ -58,8 +60,12 @@ fn show_load(text: &mut String, report: &Report) {
     fact("batches", format!("{}: {}", load.batches, load.outcomes.in_words()));
     fact("unknown", unknown(&load.outcomes));
     fact("throughput", format!("{:.0} committed/s", load.per_second));
-    fact("latency", format!("p50 {:.1} ms, p99 {:.1} ms, max {:.0} ms", load.p50_ms, load.p99_ms, load.max_ms));
-    let reads = format!("{} of all balances at one position, {} unanswered", load.reads, load.reads_unanswered);
+    fact(
+        "latency",
+        format!("p50 {:.1} ms, p99 {:.1} ms, max {:.0} ms", load.p50_ms, load.p99_ms, load.max_ms),
+    );
+    let reads =
+        format!("{} of all balances at one position, {} unanswered", load.reads, load.reads_unanswered);
     fact("reads", reads);
 }
 
@@ -90,7 +96,8 @@ fn show_curve(text: &mut String, report: &Report) {
     let cells: Vec<f64> = (0..CURVE)
         .map(|cell| {
             let count = series.committed.len();
-            let (from, to) = (cell * count / CURVE, ((cell + 1) * count / CURVE).max(cell * count / CURVE + 1));
+            let (from, to) =
+                (cell * count / CURVE, ((cell + 1) * count / CURVE).max(cell * count / CURVE + 1));
             let steps = &series.committed[from.min(count - 1)..to.min(count)];
             f64::from(steps.iter().sum::<u32>()) / steps.len() as f64 / series.step_seconds
         })
@@ -138,23 +145,19 @@ fn show_events(text: &mut String, report: &Report) {
             None => format!("> {:.1} s", event.without_commits_seconds),
         };
         let resolved = event.resolved_seconds.map_or("-".to_owned(), |seconds| format!("{seconds:.2} s"));
-        let what = wrap(&event.what, WIDTH - 42);
+        let what = wrap(&event.what, WIDTH - EVENT_INDENT);
         let first = what.first().map_or("", String::as_str);
-        let _ = writeln!(
-            text,
-            "  {}  {:>5.1} s   {pause:>9}  {resolved:>9}    {first}",
-            label(number),
-            event.at
-        );
+        let _ =
+            writeln!(text, "  {}  {:>5.1} s   {pause:>9}  {resolved:>9}    {first}", label(number), event.at);
         for line in what.iter().skip(1) {
-            let _ = writeln!(text, "{:41} {line}", "");
+            let _ = writeln!(text, "{:EVENT_INDENT$}{line}", "");
         }
-        for line in wrap(&event.outcomes.in_words(), WIDTH - 42) {
-            let _ = writeln!(text, "{:41} {line}", "");
+        for line in wrap(&event.outcomes.in_words(), WIDTH - EVENT_INDENT) {
+            let _ = writeln!(text, "{:EVENT_INDENT$}{line}", "");
         }
     }
-    let _ = writeln!(text, "  (no commits: seconds without one. resolved: until nothing was in doubt any more");
-    let _ = writeln!(text, "  that was so before commits went on. below: batches that ended until the next)");
+    let _ = writeln!(text, "  no commits: the longest time without one that comes from it. resolved: until");
+    let _ = writeln!(text, "  nothing was older in doubt than the next commit. Counts: until the next line.");
 }
 
 fn show_promises(text: &mut String, report: &Report) {
@@ -171,7 +174,9 @@ fn show_promises(text: &mut String, report: &Report) {
             format!("{:<3} {:<14} {:<14} {evidence}", promise.id, promise.name, promise.verdict.name());
         let _ = writeln!(text, "{}", line.trim_end());
         for check in promise.checks.iter().filter(|check| check.wrong > 0) {
-            for line in wrap(&format!("{} of {} wrong: {}", check.wrong, check.checked, check.what), WIDTH - 6) {
+            for line in
+                wrap(&format!("{} of {} wrong: {}", check.wrong, check.checked, check.what), WIDTH - 6)
+            {
                 let _ = writeln!(text, "      {line}");
             }
             for line in check.examples.iter().flat_map(|example| wrap(example, WIDTH - 8)) {
