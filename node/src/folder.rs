@@ -73,6 +73,7 @@ pub async fn interrupted() -> bool {
         () = ended(SignalKind::interrupt()) => true,
         () = ended(SignalKind::terminate()) => true,
         () = ended(SignalKind::hangup()) => true,
-        () = ended(SignalKind::pipe()) => false,
+        // Not SIGPIPE: connections that break raise it too.
+        () = crate::out::reader_gone() => false,
     }
 }

@@ -9,22 +9,35 @@ use std::{
     sync::OnceLock,
 };
 
+use tokio::sync::Notify;
+
 static FAILURE: OnceLock<String> = OnceLock::new();
+/// Told when a reader is found to be gone. It keeps that until somebody asks.
+static READER_GONE: Notify = Notify::const_new();
 
 /// Writes to stdout. Use [`out!`](crate::out!).
 pub fn write_out(text: Arguments<'_>) {
     let mut stdout = io::stdout().lock();
-    if let Err(error) = stdout.write_fmt(text).and_then(|()| stdout.flush())
-        && error.kind() != ErrorKind::BrokenPipe
-    {
+    match stdout.write_fmt(text).and_then(|()| stdout.flush()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => READER_GONE.notify_one(),
         // The first failure is the one to tell.
-        let _ = FAILURE.set(error.to_string());
+        Err(error) => drop(FAILURE.set(error.to_string())),
     }
 }
 
 /// Writes to stderr. There is nobody to tell if that fails. Use [`err!`](crate::err!).
 pub fn write_err(text: Arguments<'_>) {
-    let _ = io::stderr().lock().write_fmt(text);
+    if let Err(error) = io::stderr().lock().write_fmt(text)
+        && error.kind() == ErrorKind::BrokenPipe
+    {
+        READER_GONE.notify_one();
+    }
+}
+
+/// Ends when something was written that nobody reads any more.
+pub async fn reader_gone() {
+    READER_GONE.notified().await;
 }
 
 /// Why something could not be written to stdout, other than that nobody reads it any more.

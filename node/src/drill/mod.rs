@@ -98,9 +98,9 @@ pub struct DrillArgs {
     /// Trades per second; 0: as fast as the answers come
     #[arg(long, value_name = "N", default_value_t = 300, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub rate: u32,
-    /// Batches in flight
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    pub window: u32,
+    /// Batches in flight; without it 4096, or 256 if the load is as fast as the answers come
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub window: Option<u32>,
     /// Clients, each with a stream of its own
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub clients: u32,
@@ -122,6 +122,13 @@ pub struct DrillArgs {
     /// An empty folder for the nodes' data and logs, which are kept there; without it, a temporary one
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+}
+
+impl DrillArgs {
+    /// With a rate, what is stuck must not hold up the rest.
+    fn window(&self) -> usize {
+        self.window.unwrap_or(if self.rate == 0 { 256 } else { 4096 }) as usize
+    }
 }
 
 /// Runs `verdict drill`. Errors are printed here, since they have their own exit code.
@@ -312,8 +319,8 @@ async fn drill(
 
     let seed = args.seed.unwrap_or_else(time_as_seed);
     let book = book(args, scenario, seed)?;
-    fund(&client, &book, args.window as usize).await.context("fund the users")?;
-    let mut load = Load::new(&book, &addresses, args.clients as usize, args.rate, args.window as usize)?;
+    fund(&client, &book, args.window()).await.context("fund the users")?;
+    let mut load = Load::new(&book, &addresses, args.clients as usize, args.rate, args.window())?;
     let before = Totals::read(&client, load.accounts()).await.context("read the balances before the load")?;
     let groups = groups(&client, scenario.shards).await?;
 
@@ -325,7 +332,7 @@ async fn drill(
     let asked = audit(&load, &book, &client, &direct, &played.seen.batches, position).await;
     let record = Record {
         load_seconds: played.seen.seconds,
-        window: args.window as usize,
+        window: args.window(),
         rate: args.rate,
         unbounded: (0..load.accounts().len())
             .filter(|place| Load::is_unbounded(&load.accounts()[*place]))
