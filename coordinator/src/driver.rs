@@ -208,7 +208,11 @@ impl Driver {
 
     /// Opens an epoch in the log.
     async fn open(&mut self) -> Result<Opened, End> {
-        let entry = CoordinatorEntry::Open { node: self.config.node, placement: self.config.placement };
+        let entry = CoordinatorEntry::Open {
+            node: self.config.node,
+            placement: self.config.placement,
+            keep: self.config.leader.keep,
+        };
         let proposal = self.group.start_propose(encode(&entry));
         let applied = tokio::select! {
             _ = self.shutdown.wait_for(|stop| *stop) => return Err(End::Shutdown),
@@ -221,7 +225,7 @@ impl Driver {
                  and start the node again",
                 self.config.placement.shards, recorded.shards
             ))),
-            CoordinatorReply::Acted { .. }
+            CoordinatorReply::Acted(_)
             | CoordinatorReply::OldEpoch { .. }
             | CoordinatorReply::Node(_) => {
                 unreachable!("an opening entry is answered as one")
@@ -393,9 +397,7 @@ impl Reign<'_> {
     fn acted(&mut self, acted: Acted) -> Result<(), End> {
         let applied = acted.map_err(|error| End::Lost(format!("record decisions: {error}")))?;
         match applied.reply {
-            CoordinatorReply::Acted { decisions, ceiling, horizon } => {
-                self.step(Event::Applied { decisions, ceiling, horizon })
-            }
+            CoordinatorReply::Acted(acted) => self.step(Event::Applied(acted)),
             CoordinatorReply::OldEpoch { newer } => Err(End::Lost(format!("the epoch {newer} has begun"))),
             CoordinatorReply::Opened(_)
             | CoordinatorReply::OtherPlacement { .. }
@@ -539,6 +541,7 @@ fn pile(waiting: &mut Act, more: Act) {
     waiting.finished.extend(more.finished);
     waiting.ceiling = waiting.ceiling.max(more.ceiling);
     waiting.horizon = waiting.horizon.max(more.horizon);
+    waiting.crowded = waiting.crowded.max(more.crowded);
 }
 
 /// Looks decisions up in the local replica.
@@ -577,10 +580,17 @@ mod tests {
         );
         pile(
             &mut waiting,
-            Act { epoch: Epoch(3), finished: vec![id(2)], horizon: Some(Millis(9)), ..Act::default() },
+            Act {
+                epoch: Epoch(3),
+                finished: vec![id(2)],
+                horizon: Some(Millis(9)),
+                crowded: Some(Millis(4)),
+                ..Act::default()
+            },
         );
         assert_eq!(waiting.epoch, Epoch(3));
         assert_eq!(waiting.finished, vec![id(1), id(2)]);
         assert_eq!((waiting.ceiling, waiting.horizon), (Some(Stamp(5)), Some(Millis(9))));
+        assert_eq!(waiting.crowded, Some(Millis(4)));
     }
 }

@@ -104,6 +104,13 @@ impl CallFailure {
                 CallFailure::invalid("batch.id", problem.trim_start())
             }
             Refusal::Overloaded => CallFailure::overloaded("too much is in flight at the leader"),
+            Refusal::Pruned { history } => CallFailure::new(
+                Code::OutOfRange,
+                "PRUNED",
+                format!(
+                    "what the rows held at the position of this read is not kept any more, but from stamp {history} on"
+                ),
+            ),
             Refusal::TooLarge => CallFailure::invalid(
                 "rows",
                 format!("hold more than {} MiB together: read fewer rows at a time", READ_BYTES_MAX >> 20),
@@ -117,11 +124,11 @@ impl CallFailure {
         }
     }
 
-    /// A submission from the future, told by how much.
-    pub(crate) fn from_the_future(id: BatchId, now_ms: u64) -> CallFailure {
+    /// An id from the future, told by how much, and the field of the call where it stands.
+    pub(crate) fn from_the_future(field: &str, id: BatchId, now_ms: u64) -> CallFailure {
         let ahead = id.time().0.saturating_sub(now_ms);
         CallFailure::invalid(
-            "batch.id",
+            field,
             format!(
                 "{id} carries a time that lies {ahead} ms ahead of the leader's clock: check this machine's clock"
             ),
@@ -191,7 +198,7 @@ pub(crate) fn is_answer(status: &Status) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use verdict_protocol::ids::{Millis, ShardId};
+    use verdict_protocol::ids::{Millis, ShardId, Stamp};
 
     use super::*;
 
@@ -230,8 +237,9 @@ mod tests {
         assert_eq!(code(Refusal::DifferentContents), Code::AlreadyExists);
         assert_eq!(code(Refusal::TooOld { horizon: Millis(6000) }), Code::OutOfRange);
         assert_eq!(code(Refusal::Overloaded), Code::ResourceExhausted);
+        assert_eq!(code(Refusal::Pruned { history: Stamp(9) }), Code::OutOfRange);
         assert_eq!(code(Refusal::Unavailable { shards: vec![ShardId(1)] }), Code::Unavailable);
-        let ahead = CallFailure::from_the_future(id, 2000);
+        let ahead = CallFailure::from_the_future("batch.id", id, 2000);
         assert_eq!((ahead.code, ahead.field.as_deref()), (Code::InvalidArgument, Some("batch.id")));
         assert!(ahead.message.contains("3000 ms ahead"), "{}", ahead.message);
     }

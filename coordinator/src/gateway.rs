@@ -299,7 +299,7 @@ impl Gateway {
                 v1::UndecidedState::NotSeen,
                 "there is no trace of the id: submitting it is safe",
             ),
-            Reply::Refused(refusal) => return Err(refusal_of(&refusal, id).into()),
+            Reply::Refused(refusal) => return Err(refusal_of(&refusal, "batch_id", id).into()),
             Reply::Rows { .. } | Reply::History { .. } => return Err(Tried::Final(unexpected())),
         };
         Ok(v1::GetBatchResponse { outcome: Some(outcome) })
@@ -359,11 +359,11 @@ impl Gateway {
     ) -> Result<v1::HistoryResponse, Tried> {
         let answer = self.ask(Question::History { row: row.clone(), from, limit }).await;
         match self.served(answer)? {
-            Reply::History { position, changes, next } => Ok(v1::HistoryResponse {
+            Reply::History { position, changes, next, oldest } => Ok(v1::HistoryResponse {
                 position: position.0,
                 entries: changes.iter().map(history_to_wire).collect(),
                 next: next.unwrap_or_default().0,
-                oldest: 0,
+                oldest: oldest.0,
             }),
             Reply::Refused(refusal) => Err(CallFailure::of_refusal(&refusal, None).into()),
             Reply::Decided(_) | Reply::InProgress | Reply::NotSeen | Reply::Rows { .. } => {

@@ -153,7 +153,7 @@ impl Target for Forwarded {
             Ok(Reply::Decided(decision)) => {
                 (submit_stream_response::Result::Outcome(outcome_to_wire(&decision)), false)
             }
-            Ok(Reply::Refused(refusal)) => (error(refusal_of(&refusal, id)), false),
+            Ok(Reply::Refused(refusal)) => (error(refusal_of(&refusal, "batch.id", id)), false),
             Ok(Reply::InProgress | Reply::NotSeen | Reply::Rows { .. } | Reply::History { .. }) => {
                 unreachable!("a submission is answered by a decision or a refusal")
             }

@@ -483,7 +483,7 @@ impl Submitter {
                 self.table.answer(tag, Ok(outcome_to_wire(&decision)));
             }
             Ok(Reply::Refused(refusal)) => {
-                if self.table.refused(tag, refusal_of(&refusal, id)) {
+                if self.table.refused(tag, refusal_of(&refusal, "batch.id", id)) {
                     self.pause();
                 }
             }
@@ -570,13 +570,14 @@ impl Submitter {
 }
 
 /// What the core refused about a submission.
-pub(crate) fn refusal_of(refusal: &Refusal, id: BatchId) -> CallFailure {
+pub(crate) fn refusal_of(refusal: &Refusal, field: &str, id: BatchId) -> CallFailure {
     match refusal {
-        Refusal::FromTheFuture { now } => CallFailure::from_the_future(id, now.0),
+        Refusal::FromTheFuture { now } => CallFailure::from_the_future(field, id, now.0),
         Refusal::DifferentContents
         | Refusal::TooOld { .. }
         | Refusal::Overloaded
         | Refusal::TooLarge
+        | Refusal::Pruned { .. }
         | Refusal::Unavailable { .. } => CallFailure::of_refusal(refusal, Some(id)),
     }
 }
@@ -723,7 +724,12 @@ mod tests {
         table.add(lost);
         table.again(1, true);
         assert!(table.refused(1, CallFailure::overloaded("full")), "overload is waited out");
-        assert!(!table.refused(1, refusal_of(&Refusal::Unavailable { shards: vec![] }, BatchId([0; 16]))));
+        assert!(
+            !table.refused(
+                1,
+                refusal_of(&Refusal::Unavailable { shards: vec![] }, "batch.id", BatchId([0; 16]))
+            )
+        );
         assert!(answer.try_recv().unwrap().is_ok());
         let (fresh, mut answer) = submission(2, deadline);
         table.add(fresh);

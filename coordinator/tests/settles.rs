@@ -140,7 +140,9 @@ impl Script {
             let reads = told.reads.iter().map(|(request, read)| {
                 let answer = match &read.query {
                     ShardQuery::Rows(rows) => ShardReadAnswer::Rows(vec![RowAt::default(); rows.len()]),
-                    ShardQuery::History { .. } => ShardReadAnswer::History { changes: vec![], next: None },
+                    ShardQuery::History { .. } => {
+                        ShardReadAnswer::History { changes: vec![], next: None, oldest: Stamp(0) }
+                    }
                 };
                 read_answer_to_wire(*request, &answer)
             });
@@ -396,6 +398,10 @@ async fn what_decided_nothing_is_an_error_that_names_the_thing() {
             status.get_error_details().bad_request().unwrap().field_violations[0].field,
             "batch.operations"
         );
+        let ahead = BatchId::from_parts(Millis(id(1).time().0 + 3_600_000), [1; 10]);
+        let refused = node.get_batch(question(ahead)).await.unwrap_err();
+        let fields = refused.get_details_bad_request().unwrap().field_violations;
+        assert_eq!(fields[0].field, "batch_id", "{refused}");
         let rows = vec![v1::Row { partition: "a".into(), name: String::new() }];
         let status = node.read(v1::ReadRequest { rows }).await.unwrap_err();
         assert_eq!(

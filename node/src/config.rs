@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use verdict_protocol::{
     batch::{BatchLimits, Placement},
+    coordinator::Keep,
     ids::{NodeId, ShardId},
     leader::LeaderConfig,
 };
@@ -42,6 +43,12 @@ pub struct Config {
     /// How long a decision is remembered, in seconds: older ids are refused.
     #[serde(default = "default_retention")]
     pub retention_seconds: u64,
+    /// How many decisions are remembered: those with the oldest ids make room, and their ids are refused.
+    #[serde(default = "default_kept")]
+    pub decisions_max: u64,
+    /// Of how many of the latest commits the history of rows is kept.
+    #[serde(default = "default_history")]
+    pub history_max: u64,
     /// Batches that may be in flight at the leader; more are refused with RESOURCE_EXHAUSTED.
     #[serde(default = "default_batches")]
     pub batches_in_flight_max: usize,
@@ -75,6 +82,14 @@ pub struct Config {
 
 fn default_retention() -> u64 {
     24 * 3600
+}
+
+fn default_kept() -> u64 {
+    Keep::default().decisions_max
+}
+
+fn default_history() -> u64 {
+    Keep::default().history_max
 }
 
 fn default_batches() -> usize {
@@ -128,6 +143,8 @@ impl Config {
             shards,
             coordinators: Vec::new(),
             retention_seconds: default_retention(),
+            decisions_max: default_kept(),
+            history_max: default_history(),
             batches_in_flight_max: default_batches(),
             parts_per_shard_max: default_parts(),
             operations_per_batch_max: default_operations(),
@@ -170,6 +187,14 @@ impl Config {
             (1..=SHARDS_MAX).contains(&self.shards),
             "`shards` is {}, it must be 1 to {SHARDS_MAX}",
             self.shards
+        );
+        ensure!(
+            self.retention_seconds > 0,
+            "`retention_seconds` is 0: then no id would be remembered, and no batch could be settled"
+        );
+        ensure!(
+            self.decisions_max > 0,
+            "`decisions_max` is 0: then no id would be remembered, and no batch could be settled"
         );
         let nodes = self.nodes()?;
         let Some(address) = nodes.get(&NodeId(self.node)) else {
@@ -270,7 +295,8 @@ impl Config {
     pub fn leader(&self) -> LeaderConfig {
         LeaderConfig {
             batches_max: self.batches_in_flight_max,
-            retention_ms: self.retention_seconds * 1000,
+            retention_ms: self.retention_seconds.saturating_mul(1000),
+            keep: Keep { decisions_max: self.decisions_max, history_max: self.history_max },
             ..LeaderConfig::new(self.placement())
         }
     }
@@ -331,6 +357,10 @@ mod tests {
         assert!(problem(|text| text.replace("7402", "7403")).contains("same address"));
         assert!(problem(|text| text.replace("shards = 4", "shards = 0")).contains("`shards` is 0"));
         assert!(problem(|text| text.replace("shards = 4", "shard = 4")).contains("shard"));
+        for setting in ["retention_seconds", "decisions_max"] {
+            let told = problem(|text| text.replace("shards = 4", &format!("shards = 4\n{setting} = 0")));
+            assert!(told.contains(&format!("`{setting}` is 0")), "{told}");
+        }
         assert!(problem(|text| text.replace("\"127.0.0.1:7402\"", "\"nowhere\"")).contains("host:port"));
         assert!(
             problem(|text| text.replace("shards = 4", "shards = 4\ncoordinators = [7]")).contains("node 7")

@@ -11,7 +11,7 @@ use verdict_protocol::{
 ///
 /// What is applied is as if the messages had come in another order, which messages always may: outcomes go before prepares, so
 /// that rows are freed before they are asked for, and prepares in the order of their numbers, so that a resend that comes behind
-/// higher numbers doesn't conflict with them. Marks are true for ever, so the highest stands for all.
+/// higher numbers doesn't conflict with them. Marks, of numbers and of the history, are true for ever, so the highest stands for all.
 pub fn merge(messages: impl IntoIterator<Item = ToShard>) -> Vec<ToShard> {
     let mut merged: BTreeMap<(GroupId, Epoch), ToShard> = BTreeMap::new();
     for message in messages {
@@ -21,6 +21,7 @@ pub fn merge(messages: impl IntoIterator<Item = ToShard>) -> Vec<ToShard> {
             continue;
         };
         one.mark = one.mark.max(message.mark);
+        one.history = one.history.max(message.history);
         one.greet |= message.greet;
         one.outcomes.extend(message.outcomes);
         one.prepares.extend(message.prepares);
@@ -36,7 +37,7 @@ pub fn merge(messages: impl IntoIterator<Item = ToShard>) -> Vec<ToShard> {
 #[cfg(test)]
 mod tests {
     use verdict_protocol::{
-        ids::{BatchId, ContentHash, Number},
+        ids::{BatchId, ContentHash, Number, Stamp},
         messages::{PartOutcome, Prepare},
     };
 
@@ -66,6 +67,7 @@ mod tests {
             placement: verdict_protocol::batch::Placement { shards: 1 },
             epoch: Epoch(epoch),
             mark: number(mark),
+            history: Stamp(10 * mark),
             greet: false,
             outcomes: outcomes.iter().map(outcome).collect(),
             prepares: prepares.iter().map(prepare).collect(),

@@ -249,7 +249,9 @@ async fn a_part_goes_from_prepare_to_done() {
     assert!(matches!(no, VoteKind::No(_)), "{no:?}");
     let history = ShardQuery::History { row: row(), from: Stamp(0), limit: 10 };
     let history = ShardRead { query: history, ..read(9, false, &[]) };
-    let ShardReadAnswer::History { changes, next: None } = stream.read(4, history).await else { panic!() };
+    let ShardReadAnswer::History { changes, next: None, .. } = stream.read(4, history).await else {
+        panic!()
+    };
     assert_eq!((changes.len(), changes[0].id, changes[0].delta), (1, id(1), Some(100)));
     node.stop().await;
 }

@@ -4,9 +4,12 @@
 //! - The first decision of an id wins; a later one changes nothing and is answered with the one that stands (rule R1).
 //! - What is proposed carries its epoch, and is refused if a newer one has begun (rule R6). An epoch is the index of the entry that
 //!   opened it.
-//! - A decision is forgotten only when all its participants have confirmed it and its id is at or before the horizon; ids at or
-//!   before the horizon are refused by the leader, so nothing forgotten is ever run again (promise G3).
+//! - A decision is forgotten only when all its participants have confirmed it and its id is at or before the horizon. The horizon
+//!   only moves forward, and an id at or before it that has no decision never gets another one than abort, nor is started by a
+//!   leader. So nothing forgotten is ever run again, whatever the clocks say (promise G3).
+//! - Decisions are bounded in number: those with the oldest ids make room, and the horizon moves with them.
 //! - The ceiling only rises, and every stamp that is given lies at or below it.
+//! - The history mark only rises, and at least [`Keep::history_max`] commits have been recorded behind it.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +18,7 @@ use crate::{
     ids::{BatchId, Epoch, Millis, NodeId, Number, Stamp},
     leader::Remembered,
     machine::{Machine, decode, encode},
-    messages::Decision,
+    messages::{Abort, AbortReason, Decision},
     roster::{self, NodeChange, NodeRefusal},
     store::{Store, StoreError},
 };
@@ -24,12 +27,19 @@ const STATE_TABLE: u8 = 0x20;
 const DECISION_TABLE: u8 = 0x21;
 const ORDER_TABLE: u8 = 0x22;
 const UNFINISHED_TABLE: u8 = 0x23;
+const CHECKPOINT_TABLE: u8 = 0x24;
 
 /// By how much an opening entry, and later the leader, raises the ceiling of stamps.
 pub const STAMP_BLOCK: u64 = 1 << 20;
 
-/// How many forgotten decisions are removed with each entry, beside as many as the entry records.
+/// How many decisions are looked at with each entry to forget them, beside twice as many as the entry records.
 const REMOVED_PER_ENTRY: usize = 64;
+
+/// The same while too many are remembered.
+const REMOVED_PER_ENTRY_CROWDED: usize = 1024;
+
+/// The history mark moves in steps of this part of what is kept.
+const CHECKPOINTS: u64 = 16;
 
 /// One entry of the coordinator's log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,11 +50,29 @@ pub enum CoordinatorEntry {
         node: NodeId,
         /// Where partitions live, as the leader is configured. Must be the same for ever.
         placement: Placement,
+        /// How much is remembered while this leader leads. Told with the entry, because applying must not depend on any replica's own
+        /// settings (rule R10).
+        keep: Keep,
     },
     /// What the leader of an epoch records.
     Act(Act),
     /// A node joins or leaves the cluster. It has nothing to do with batches, so it belongs to no epoch.
     Node(NodeChange),
+}
+
+/// How much is remembered, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Keep {
+    /// Decisions. Those with the oldest ids are forgotten while there are more.
+    pub decisions_max: u64,
+    /// Commits of which the shards keep the versions that they replaced.
+    pub history_max: u64,
+}
+
+impl Default for Keep {
+    fn default() -> Keep {
+        Keep { decisions_max: 10_000_000, history_max: 10_000_000 }
+    }
 }
 
 /// What the leader of an epoch records in one entry.
@@ -60,6 +88,8 @@ pub struct Act {
     pub ceiling: Option<Stamp>,
     /// A later horizon.
     pub horizon: Option<Millis>,
+    /// Too many decisions are remembered: those with ids up to this time may be forgotten to make room.
+    pub crowded: Option<Millis>,
 }
 
 impl Act {
@@ -69,6 +99,7 @@ impl Act {
             && self.finished.is_empty()
             && self.ceiling.is_none()
             && self.horizon.is_none()
+            && self.crowded.is_none()
     }
 }
 
@@ -78,14 +109,7 @@ pub enum CoordinatorReply {
     /// The epoch is open: all that its leader starts from.
     Opened(Opened),
     /// It is recorded.
-    Acted {
-        /// For each decision of the entry the one that stands.
-        decisions: Vec<Decision>,
-        /// The ceiling of stamps.
-        ceiling: Stamp,
-        /// The horizon.
-        horizon: Millis,
-    },
+    Acted(Acted),
     /// A newer epoch has begun: nothing was recorded.
     OldEpoch {
         /// The epoch that has.
@@ -100,6 +124,21 @@ pub enum CoordinatorReply {
     },
 }
 
+/// What has come of an [`Act`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Acted {
+    /// For each decision of the entry the one that stands.
+    pub decisions: Vec<Decision>,
+    /// The ceiling of stamps.
+    pub ceiling: Stamp,
+    /// The horizon.
+    pub horizon: Millis,
+    /// The history mark: nobody will read at a position below it.
+    pub history: Stamp,
+    /// How many decisions are remembered.
+    pub remembered: u64,
+}
+
 /// What a new leader starts from.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Opened {
@@ -111,6 +150,10 @@ pub struct Opened {
     pub ceiling: Stamp,
     /// Ids at or before this are refused.
     pub horizon: Millis,
+    /// The history mark.
+    pub history: Stamp,
+    /// How many decisions are remembered.
+    pub remembered: u64,
     /// Decisions that not all participants have confirmed.
     pub unfinished: Vec<Decision>,
 }
@@ -146,6 +189,14 @@ struct State {
     /// How many decisions are remembered.
     count: u64,
     unfinished: u64,
+    keep: Keep,
+    /// Where looking for what can be forgotten goes on: of all before, only what is unfinished is left.
+    forgotten: BatchId,
+    /// How many commits were ever recorded.
+    commits: u64,
+    /// The greatest stamp that was ever recorded.
+    newest: Stamp,
+    history: Stamp,
 }
 
 /// The state machine of the coordinator group.
@@ -186,7 +237,9 @@ impl Machine for Coordinator {
         command: &[u8],
     ) -> Result<CoordinatorReply, StoreError> {
         let reply = match decode("coordinator entry", command)? {
-            CoordinatorEntry::Open { placement, .. } => self.open_epoch(store, Epoch(index), placement)?,
+            CoordinatorEntry::Open { placement, keep, .. } => {
+                self.open_epoch(store, Epoch(index), placement, keep)?
+            }
             CoordinatorEntry::Act(act) => self.act(store, act)?,
             CoordinatorEntry::Node(change) => CoordinatorReply::Node(roster::change(store, index, change)?),
         };
@@ -251,6 +304,7 @@ impl Coordinator {
         store: &mut dyn Store,
         epoch: Epoch,
         placement: Placement,
+        keep: Keep,
     ) -> Result<CoordinatorReply, StoreError> {
         let recorded = *self.state.placement.get_or_insert(placement);
         if recorded != placement {
@@ -259,6 +313,7 @@ impl Coordinator {
         assert!(epoch > self.state.epoch, "epoch {epoch} opens after {}", self.state.epoch);
         let floor = self.state.ceiling;
         self.state.epoch = epoch;
+        self.state.keep = keep;
         self.state.ceiling = Stamp(floor.0 + STAMP_BLOCK);
         let mut ids = Vec::new();
         store.scan(&[UNFINISHED_TABLE], &[UNFINISHED_TABLE + 1], &mut |_, id| {
@@ -274,6 +329,8 @@ impl Coordinator {
             floor,
             ceiling: self.state.ceiling,
             horizon: self.state.horizon,
+            history: self.state.history,
+            remembered: self.state.count,
             unfinished,
         }))
     }
@@ -295,20 +352,37 @@ impl Coordinator {
             self.finish(store, id)?;
         }
         if let Some(horizon) = act.horizon {
-            self.raise_horizon(store, horizon)?;
+            self.state.horizon = self.state.horizon.max(horizon);
         }
-        self.forget(store, REMOVED_PER_ENTRY + 2 * recorded)?;
-        Ok(CoordinatorReply::Acted { decisions, ceiling: self.state.ceiling, horizon: self.state.horizon })
+        let most = if act.crowded.is_some() { REMOVED_PER_ENTRY_CROWDED } else { REMOVED_PER_ENTRY };
+        self.forget(store, most + 2 * recorded, act.crowded)?;
+        Ok(CoordinatorReply::Acted(Acted {
+            decisions,
+            ceiling: self.state.ceiling,
+            horizon: self.state.horizon,
+            history: self.state.history,
+            remembered: self.state.count,
+        }))
     }
 
     /// Rule R1.
-    fn decide(&mut self, store: &mut dyn Store, decision: Decision) -> Result<Decision, StoreError> {
+    fn decide(&mut self, store: &mut dyn Store, mut decision: Decision) -> Result<Decision, StoreError> {
         let id = decision.id;
         if let Some(stored) = load(store, id)? {
             return Ok(stored.decision);
         }
+        if id.time() <= self.state.horizon {
+            // Callers are told that it is too old to be remembered, so it must not commit any more.
+            if decision.result.is_ok() {
+                decision.result = Err(Abort::because(AbortReason::Interrupted));
+            }
+            if decision.shards.is_empty() {
+                return Ok(decision);
+            }
+        }
         if let Ok(stamp) = decision.result {
             assert!(stamp <= self.state.ceiling, "stamp {stamp} is above the ceiling {}", self.state.ceiling);
+            self.note_commit(store, stamp)?;
         }
         let position = self.state.next;
         let finished = decision.shards.is_empty();
@@ -324,53 +398,90 @@ impl Coordinator {
         Ok(stored.decision)
     }
 
-    fn finish(&mut self, store: &mut dyn Store, id: BatchId) -> Result<(), StoreError> {
-        let Some(mut stored) = load(store, id)? else { return Ok(()) };
-        if !stored.finished {
-            stored.finished = true;
-            self.state.unfinished -= 1;
-            store.delete(&unfinished_key(stored.position))?;
-            store.put(&decision_key(id), &encode(&stored))?;
-        }
-        Ok(())
-    }
-
-    /// Moves the horizon forward, but never onto a batch that is not finished.
-    fn raise_horizon(&mut self, store: &dyn Store, wanted: Millis) -> Result<(), StoreError> {
-        let mut oldest = wanted;
-        store.scan(&[UNFINISHED_TABLE], &[UNFINISHED_TABLE + 1], &mut |_, id| {
-            oldest = oldest.min(Millis(id_of(id).time().0.saturating_sub(1)));
-            true
-        })?;
-        self.state.horizon = self.state.horizon.max(oldest);
-        Ok(())
-    }
-
-    /// Removes decisions at or before the horizon, oldest ids first, a few at a time.
-    fn forget(&mut self, store: &mut dyn Store, most: usize) -> Result<(), StoreError> {
-        if self.state.horizon == Millis(0) {
+    /// Counts a commit, and moves the history mark when enough have been recorded behind a checkpoint.
+    fn note_commit(&mut self, store: &mut dyn Store, stamp: Stamp) -> Result<(), StoreError> {
+        self.state.newest = self.state.newest.max(stamp);
+        self.state.commits += 1;
+        let Keep { history_max, .. } = self.state.keep;
+        if !self.state.commits.is_multiple_of((history_max / CHECKPOINTS).max(1)) {
             return Ok(());
         }
+        store.put(&checkpoint_key(self.state.commits), &encode(&self.state.newest))?;
+        let Some(old) = self.state.commits.checked_sub(history_max) else { return Ok(()) };
+        let mut passed = Vec::new();
+        let mut history = Ok(self.state.history);
+        store.scan(&[CHECKPOINT_TABLE], &checkpoint_key(old + 1), &mut |key, stamp| {
+            history = decode("checkpoint", stamp);
+            passed.push(key.to_vec());
+            history.is_ok() && passed.len() < REMOVED_PER_ENTRY
+        })?;
+        self.state.history = self.state.history.max(history?);
+        passed.iter().try_for_each(|key| store.delete(key))
+    }
+
+    fn finish(&mut self, store: &mut dyn Store, id: BatchId) -> Result<(), StoreError> {
+        let Some(mut stored) = load(store, id)? else { return Ok(()) };
+        if stored.finished {
+            return Ok(());
+        }
+        stored.finished = true;
+        self.state.unfinished -= 1;
+        store.delete(&unfinished_key(stored.position))?;
+        if id < self.state.forgotten {
+            // Looking for what can be forgotten has passed it by.
+            return self.remove(store, id, stored.position);
+        }
+        store.put(&decision_key(id), &encode(&stored))
+    }
+
+    /// Removes finished decisions, oldest ids first: those at or before the horizon, and while more are remembered than may be, those up
+    /// to `crowded` too. The horizon moves with them. Looks at `most` decisions, and goes on there with the next entry.
+    fn forget(
+        &mut self,
+        store: &mut dyn Store,
+        most: usize,
+        crowded: Option<Millis>,
+    ) -> Result<(), StoreError> {
+        let surplus = self.state.count.saturating_sub(self.state.keep.decisions_max);
+        let crowded = crowded.filter(|up_to| surplus > 0 && *up_to > self.state.horizon);
+        let last = crowded.unwrap_or(self.state.horizon);
+        let end = BatchId::after(last);
+        if last == Millis(0) || end <= self.state.forgotten {
+            return Ok(());
+        }
+        let mut looked = 0;
         let mut old = Vec::new();
-        let end = decision_key(BatchId::from_parts(Millis(self.state.horizon.0 + 1), [0; 10]));
-        let mut failed = None;
-        store.scan(&[DECISION_TABLE], &end[..7], &mut |_, bytes| {
+        let mut next = Ok(end);
+        let mut horizon = self.state.horizon;
+        store.scan(&decision_key(self.state.forgotten), &decision_key(end), &mut |key, bytes| {
+            let id = id_of(&key[1..]);
+            if looked == most || (id.time() > horizon && old.len() as u64 >= surplus) {
+                next = Ok(id);
+                return false;
+            }
+            looked += 1;
             match decode::<Stored>("decision", bytes) {
-                Err(error) => failed = Some(error),
-                Ok(stored) if stored.finished => old.push((stored.decision.id, stored.position)),
+                Err(error) => next = Err(error),
+                Ok(stored) if stored.finished => old.push((id, stored.position)),
                 Ok(_) => {}
             }
-            failed.is_none() && old.len() < most
+            horizon = horizon.max(id.time());
+            next.is_ok()
         })?;
-        if let Some(error) = failed {
-            return Err(error);
-        }
+        self.state.horizon = horizon;
+        // Never beyond the horizon, or a decision recorded there later would be dropped while its id may still be used.
+        self.state.forgotten = next?.min(BatchId::after(horizon));
         for (id, position) in old {
-            store.delete(&decision_key(id))?;
-            store.delete(&order_key(position))?;
-            self.state.count -= 1;
+            self.remove(store, id, position)?;
         }
         Ok(())
+    }
+
+    fn remove(&mut self, store: &mut dyn Store, id: BatchId, position: u64) -> Result<(), StoreError> {
+        assert!(id.time() <= self.state.horizon, "batch {id} is forgotten before the horizon has passed it");
+        self.state.count -= 1;
+        store.delete(&decision_key(id))?;
+        store.delete(&order_key(position))
     }
 }
 
@@ -397,6 +508,10 @@ fn order_key(position: u64) -> Vec<u8> {
 
 fn unfinished_key(position: u64) -> Vec<u8> {
     [&[UNFINISHED_TABLE], position.to_be_bytes().as_slice()].concat()
+}
+
+fn checkpoint_key(commits: u64) -> Vec<u8> {
+    [&[CHECKPOINT_TABLE], commits.to_be_bytes().as_slice()].concat()
 }
 
 fn position_of(key: &[u8]) -> u64 {

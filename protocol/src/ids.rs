@@ -78,7 +78,7 @@ impl fmt::Display for Number {
 }
 
 /// The id of a batch: the 16 bytes of a UUIDv7. Its first 48 bits are the time of its making.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct BatchId(pub [u8; 16]);
 
 impl BatchId {
@@ -87,6 +87,13 @@ impl BatchId {
         let mut bytes = [0; 8];
         bytes[2..].copy_from_slice(&self.0[..6]);
         Millis(u64::from_be_bytes(bytes))
+    }
+
+    /// The least id, of any version, whose time is later.
+    pub fn after(time: Millis) -> BatchId {
+        let mut bytes = [0; 16];
+        bytes[..6].copy_from_slice(&time.0.saturating_add(1).min((1 << 48) - 1).to_be_bytes()[2..]);
+        BatchId(bytes)
     }
 
     /// Whether the version and variant bits are those of a UUIDv7 (RFC 9562, section 5.7).

@@ -22,6 +22,8 @@ pub struct ToShard {
     pub epoch: Epoch,
     /// All prepares up to this number are finished for this shard. True for ever, so an old one is harmless.
     pub mark: Number,
+    /// Nobody will read at a position below this any more. True for ever.
+    pub history: Stamp,
     /// Asks to record the epoch and to list what is held. Answered again when it comes again.
     pub greet: bool,
     /// Decisions. The second one changes nothing and is confirmed again.
@@ -258,6 +260,13 @@ pub enum ShardReadAnswer {
         changes: Vec<RowChange>,
         /// Where it goes on.
         next: Option<Stamp>,
+        /// Changes below this may have been dropped; 0: all are kept.
+        oldest: Stamp,
+    },
+    /// The position lies below the history mark: what the rows held there may have been dropped.
+    Pruned {
+        /// The mark.
+        history: Stamp,
     },
     /// The answer has more than [`READ_BYTES_MAX`] bytes.
     TooLarge,

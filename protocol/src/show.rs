@@ -23,6 +23,9 @@ fn names_of(ids: &[BatchId]) -> String {
 /// What a coordinator's leader says to a shard.
 pub fn to_shard(message: &ToShard) -> String {
     let mut parts = vec![format!("mark {}", message.mark)];
+    if message.history.0 > 0 {
+        parts.push(format!("history {}", message.history));
+    }
     if message.greet {
         parts.push(format!("greet {}", message.epoch));
     }
@@ -138,6 +141,7 @@ pub fn read_answer(answer: &ShardReadAnswer) -> String {
             format!("values [{}]", values.join(", "))
         }
         ShardReadAnswer::TooLarge => "too large".to_owned(),
+        ShardReadAnswer::Pruned { history } => format!("nothing is kept below {history}"),
         ShardReadAnswer::History { changes, .. } => format!("{} changes", changes.len()),
     }
 }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use verdict_protocol::{
     batch::{Batch, Condition, Operation, OperationKind, RowKey},
+    coordinator::Keep,
     ids::{BatchId, Millis, Stamp},
     leader::Reply,
     messages::RowValue,
@@ -173,11 +174,11 @@ fn take(world: &mut World, choice: Choice) {
 
 /// Promise G5 for reads: each equals the state after exactly the batches with stamps up to its position.
 fn check_reads(world: &World) {
-    let decisions = world.decisions();
+    let decisions = &world.recorded;
     for (token, reply) in &world.replies {
         let Reply::Rows { position, rows } = reply else { continue };
         let mut sums: BTreeMap<RowKey, (i128, Stamp)> = BTreeMap::new();
-        for decision in &decisions {
+        for decision in decisions {
             let Ok(stamp) = decision.result else { continue };
             if stamp > *position {
                 continue;
@@ -213,6 +214,29 @@ fn config() -> ProptestConfig {
 
 proptest! {
     #![proptest_config(config())]
+
+    /// The same while next to nothing is remembered: ids are forgotten, and versions dropped, as soon as can be.
+    #[test]
+    fn forgetting_early_breaks_no_promise(
+        shards in 1..=3u32,
+        keep in (1..4u64, 1..4u64).prop_map(|(decisions_max, history_max)| Keep { decisions_max, history_max }),
+        choices in prop::collection::vec(choice(), 1..220),
+    ) {
+        let mut world = World::with(shards, 2, |config| (config.keep, config.young_ms) = (keep, 0));
+        world.elect();
+        for number in [0, 8, 16] {
+            world.submit(batch_of(number));
+        }
+        for choice in choices {
+            take(&mut world, choice);
+        }
+        world.settle();
+        let token = world.read((0..ACCOUNTS).map(balance_row).collect());
+        world.settle();
+        prop_assert!(matches!(world.reply(token), Some(Reply::Rows { .. })), "{:?}", world.reply(token));
+        world.check_at_rest();
+        check_reads(&world);
+    }
 
     #[test]
     fn any_order_ends_in_one_true_state(shards in 1..=3u32, choices in prop::collection::vec(choice(), 1..220)) {

@@ -4,7 +4,7 @@ mod world;
 
 use verdict_protocol::{
     batch::{Operation, OperationKind, Placement, RowKey},
-    coordinator::{Act, CoordinatorEntry, CoordinatorReply},
+    coordinator::{Act, CoordinatorEntry, CoordinatorReply, Keep},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
     machine::encode,
     messages::{Abort, AbortReason, Decision, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind},
@@ -57,7 +57,8 @@ fn greeted(epoch: u64) -> World {
 #[test]
 fn the_first_decision_wins() {
     let mut world = World::new(1, 2);
-    let open = CoordinatorEntry::Open { node: NodeId(1), placement: Placement { shards: 1 } };
+    let open =
+        CoordinatorEntry::Open { node: NodeId(1), placement: Placement { shards: 1 }, keep: Keep::default() };
     world.coordinator.commit(encode(&open));
     let decide = |world: &mut World, result| {
         let decision = Decision {
@@ -69,7 +70,7 @@ fn the_first_decision_wins() {
         };
         let act = Act { epoch: Epoch(1), decisions: vec![decision], ..Act::default() };
         match world.coordinator.commit(encode(&CoordinatorEntry::Act(act))) {
-            CoordinatorReply::Acted { decisions, .. } => decisions[0].result.clone(),
+            CoordinatorReply::Acted(acted) => acted.decisions[0].result.clone(),
             other => panic!("{other:?}"),
         }
     };
@@ -82,7 +83,11 @@ fn the_first_decision_wins() {
 #[test]
 fn another_number_of_shards_is_refused() {
     let mut world = World::new(1, 2);
-    let open = |shards| CoordinatorEntry::Open { node: NodeId(1), placement: Placement { shards } };
+    let open = |shards| CoordinatorEntry::Open {
+        node: NodeId(1),
+        placement: Placement { shards },
+        keep: Keep::default(),
+    };
     world.coordinator.commit(encode(&open(4)));
     let reply = world.coordinator.commit(encode(&open(5)));
     assert_eq!(reply, CoordinatorReply::OtherPlacement { recorded: Placement { shards: 4 } });

@@ -78,6 +78,7 @@ pub fn to_shard_to_wire(
         epoch: message.epoch.0,
         mark: Some(number_to_wire(message.mark)),
         shards: message.placement.shards,
+        history: message.history.0,
         ..Default::default()
     };
     let mut pieces = vec![v1::CoordinatorMessage { greet: message.greet, ..empty.clone() }];
@@ -115,6 +116,7 @@ pub fn to_shard_from_wire(message: v1::CoordinatorMessage) -> Result<ToldShard, 
             placement: Placement { shards: message.shards },
             epoch: Epoch(message.epoch),
             mark: mark.unwrap_or_default(),
+            history: Stamp(message.history),
             greet: message.greet,
             outcomes: list("outcomes", message.outcomes, outcome_from_wire)?,
             prepares: list("prepares", message.prepares, prepare_from_wire)?,
@@ -446,12 +448,14 @@ pub fn read_answer_to_wire(request: u64, answer: &ShardReadAnswer) -> v1::ReadAn
                 |at: &RowAt| v1::PartValue { value: Some(value_to_wire(&at.value)), version: at.version.0 };
             v1::ReadAnswer { values: rows.iter().map(value).collect(), ..empty }
         }
-        ShardReadAnswer::History { changes, next } => v1::ReadAnswer {
+        ShardReadAnswer::History { changes, next, oldest } => v1::ReadAnswer {
             changes: changes.iter().map(part_change_to_wire).collect(),
             next: next.unwrap_or_default().0,
+            oldest: oldest.0,
             ..empty
         },
         ShardReadAnswer::TooLarge => v1::ReadAnswer { too_large: true, ..empty },
+        ShardReadAnswer::Pruned { history } => v1::ReadAnswer { pruned: history.0, ..empty },
     }
 }
 
@@ -473,9 +477,13 @@ pub fn read_answer_from_wire(answer: v1::ReadAnswer) -> Result<(u64, ShardReadAn
                 ShardReadAnswer::Rows(list("values", answer.values, value)?)
             }
             [false, false, false] if answer.too_large => ShardReadAnswer::TooLarge,
+            [false, false, false] if answer.pruned > 0 => {
+                ShardReadAnswer::Pruned { history: Stamp(answer.pruned) }
+            }
             [false, false, _] => ShardReadAnswer::History {
                 changes: list("changes", answer.changes, part_change_from_wire)?,
                 next: (answer.next != 0).then_some(Stamp(answer.next)),
+                oldest: Stamp(answer.oldest),
             },
             _ => return Err(BatchError::new("values", "are mixed with changes or batches in doubt")),
         },
@@ -589,9 +597,11 @@ mod tests {
         prop_oneof![
             vec(any_id(), 1..3).prop_map(ShardReadAnswer::InDoubt),
             vec(at, 1..4).prop_map(ShardReadAnswer::Rows),
-            (vec(any_change(), 0..3), next)
-                .prop_map(|(changes, next)| ShardReadAnswer::History { changes, next }),
+            (vec(any_change(), 0..3), next, any::<u64>()).prop_map(|(changes, next, oldest)| {
+                ShardReadAnswer::History { changes, next, oldest: Stamp(oldest) }
+            }),
             Just(ShardReadAnswer::TooLarge),
+            (1u64..).prop_map(|history| ShardReadAnswer::Pruned { history: Stamp(history) }),
         ]
     }
 
@@ -599,14 +609,15 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn what_a_coordinator_says_comes_back(
-            (coordinator, epoch, mark, greet) in (any::<u32>(), any::<u64>(), any_number(), any::<bool>()),
+            (coordinator, epoch, mark, history, greet) in
+                (any::<u32>(), any::<u64>(), any_number(), any::<u64>(), any::<bool>()),
             outcomes in vec(any_outcome(), 0..3),
             prepares in vec(any_prepare(), 0..3),
             reads in vec(any_read(), 0..3),
         ) {
-            let (coordinator, epoch) = (GroupId(coordinator), Epoch(epoch));
+            let (coordinator, epoch, history) = (GroupId(coordinator), Epoch(epoch), Stamp(history));
             let placement = Placement { shards: 4 };
-            let message = ToShard { coordinator, placement, epoch, mark, greet, outcomes, prepares };
+            let message = ToShard { coordinator, placement, epoch, mark, history, greet, outcomes, prepares };
             let pieces = to_shard_to_wire(ShardId(3), &message, &reads);
             if message.is_empty() && reads.is_empty() {
                 prop_assert!(pieces.is_empty());

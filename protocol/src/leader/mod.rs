@@ -11,6 +11,9 @@
 //! - Only an explicit `done` ends a participant's part (R2); until then the outcome is sent again.
 //! - The mark of a shard lies below every number that may still be unfinished there (R4).
 //! - Every stamp is greater than every stamp and every read position given before.
+//! - No shard is told a history mark above the position of a read that is under way.
+//! - What a shard that doesn't answer can take up of the room for batches and reads is a part of it, so that batches and reads that
+//!   don't touch it go on (promise G9).
 
 mod reads;
 mod recovery;
@@ -19,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     batch::{Batch, Part, Placement, RowKey},
-    coordinator::{Act, Opened, STAMP_BLOCK, cancelled_number},
+    coordinator::{Act, Acted, Keep, Opened, STAMP_BLOCK, cancelled_number},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, Number, ShardId, Stamp},
     messages::{
         Abort, AbortReason, Decision, Done, FromShard, PartOutcome, Prepare, RowAt, RowChange, ShardRead,
@@ -50,6 +53,10 @@ pub struct LeaderConfig {
     pub patience_ms: u64,
     /// How long a decision is remembered at least. Older ids are refused.
     pub retention_ms: u64,
+    /// How much is remembered, in numbers.
+    pub keep: Keep,
+    /// Ids younger than this are never forgotten because of the number of decisions: new batches are refused instead.
+    pub young_ms: u64,
     /// How far an id's time may lie in the future of the leader's clock.
     pub future_max_ms: u64,
     /// How long a read may take.
@@ -69,6 +76,8 @@ impl LeaderConfig {
             resend_ms: 500,
             patience_ms: 1_500,
             retention_ms: 24 * 3_600_000,
+            keep: Keep::default(),
+            young_ms: 2 * 60_000,
             future_max_ms: 10 * 60_000,
             read_timeout_ms: 5_000,
         }
@@ -77,6 +86,16 @@ impl LeaderConfig {
 
 /// Ends of batches that may wait to be recorded.
 const FINISHED_WAITING_MAX: usize = 1024;
+
+/// How often the log is told that too many decisions are remembered, if there is nothing else to tell it.
+const CROWD_TOLD_MS: u64 = 100;
+
+/// A shard that has said nothing for this time, though it was asked, is *silent*.
+const SILENT_MS: u64 = 2_000;
+
+/// How many numbers a shard may have to remember as finished, because an older one isn't: then that one's batch is aborted before its
+/// time is up.
+const NUMBERS_MAX: u64 = 1 << 20;
 
 /// Names a caller who waits for a reply; given by the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -155,14 +174,7 @@ pub enum Event {
         shard: ShardId,
     },
     /// An entry that this leader proposed was applied.
-    Applied {
-        /// For each of its decisions the one that stands.
-        decisions: Vec<Decision>,
-        /// The ceiling of stamps.
-        ceiling: Stamp,
-        /// The horizon.
-        horizon: Millis,
-    },
+    Applied(Acted),
 }
 
 /// What a leader wants done. The driver first hands [`Effects::act`] to the log; the rest doesn't depend on it, for what does is
@@ -211,6 +223,8 @@ pub enum Reply {
         changes: Vec<RowChange>,
         /// Where it goes on.
         next: Option<Stamp>,
+        /// Changes below this may have been dropped; 0: all are kept.
+        oldest: Stamp,
     },
 }
 
@@ -233,6 +247,12 @@ pub enum Refusal {
     Overloaded,
     /// What the rows hold is more than fits into one answer.
     TooLarge,
+    /// The position of a read has fallen behind what is kept of the history, up to here. Only a leader that has been deposed meets
+    /// this: nobody asks shards to forget what reads of the newest epoch need.
+    Pruned {
+        /// The history mark.
+        history: Stamp,
+    },
     /// These shards could not be reached in time. For reads only: they decide nothing.
     Unavailable {
         /// The shards.
@@ -310,8 +330,21 @@ enum Heard {
 struct ShardView {
     greeted: bool,
     greeted_at: Millis,
+    /// When it was last heard of.
+    heard_at: Millis,
+    /// Reads that it has not answered.
+    reads: usize,
     /// Numbers that may be unfinished there, with their batches and the time of the last message about them.
     outstanding: BTreeMap<Number, (BatchId, Millis)>,
+}
+
+impl ShardView {
+    /// It is about to be asked something: if nothing was open, it was silent with good reason.
+    fn ask(&mut self, now: Millis) {
+        if self.greeted && self.outstanding.is_empty() && self.reads == 0 {
+            self.heard_at = now;
+        }
+    }
 }
 
 /// The leader of one epoch.
@@ -323,6 +356,11 @@ pub struct Leader {
     /// The latest horizon that is recorded, or on its way into the log: ids at or before it are not taken up any more.
     horizon: Millis,
     horizon_asked_at: Millis,
+    history: Stamp,
+    /// How many decisions the log remembers, as far as it was heard.
+    remembered: u64,
+    opened_at: Millis,
+    crowd_told_at: Millis,
     last_sequence: u64,
     last_stamp: Stamp,
     ceiling: Stamp,
@@ -355,12 +393,20 @@ impl Leader {
             now,
             horizon: opened.horizon,
             horizon_asked_at: now,
+            history: opened.history,
+            remembered: opened.remembered,
+            opened_at: now,
+            crowd_told_at: now,
             last_sequence: 0,
             last_stamp: opened.floor,
             ceiling: opened.ceiling,
             ceiling_asked: opened.ceiling,
             flights: BTreeMap::new(),
-            shards: config.placement.all().map(|shard| (shard, ShardView::default())).collect(),
+            shards: config
+                .placement
+                .all()
+                .map(|shard| (shard, ShardView { heard_at: now, ..ShardView::default() }))
+                .collect(),
             strays: BTreeMap::new(),
             parked: BTreeSet::new(),
             recovering: BTreeSet::new(),
@@ -417,9 +463,7 @@ impl Leader {
                 self.read_answered(shard, request, answer, decisions, effects);
             }
             Event::Reconnected { shard } => self.resend(shard, Millis(u64::MAX), effects),
-            Event::Applied { decisions, ceiling, horizon } => {
-                self.applied(decisions, ceiling, horizon, effects);
-            }
+            Event::Applied(acted) => self.applied(acted, effects),
         }
     }
 
@@ -429,12 +473,19 @@ impl Leader {
             effects.act.finished.append(&mut self.finished);
             self.ticked = false;
         }
+        let rests = self.now.0 < self.crowd_told_at.0 + CROWD_TOLD_MS;
+        if self.remembered > self.config.keep.decisions_max && !(rests && effects.act.is_empty()) {
+            self.crowd_told_at = self.now;
+            effects.act.crowded = Some(Millis(self.now.0.saturating_sub(self.config.young_ms)));
+        }
         effects.act.epoch = self.epoch;
+        let history = self.history_for_reads();
         for (shard, message) in &mut effects.to_shards {
             message.coordinator = self.config.group;
             message.placement = self.config.placement;
             message.epoch = self.epoch;
             message.mark = self.mark(*shard);
+            message.history = history;
         }
     }
 
@@ -489,7 +540,8 @@ impl Leader {
         if id.time().0 > self.now.0 + self.config.future_max_ms {
             return refuse(effects, Refusal::FromTheFuture { now: self.now });
         }
-        if self.flights.len() >= self.config.batches_max {
+        let parts = batch.split(self.config.placement);
+        if !self.has_room(parts.keys()) {
             return refuse(effects, Refusal::Overloaded);
         }
         let wanted = match batch.timeout_ms {
@@ -497,7 +549,6 @@ impl Leader {
             wanted => u64::from(wanted).min(self.config.timeout_max_ms),
         };
         let deadline = Millis(self.now.0 + wanted);
-        let parts = batch.split(self.config.placement);
         self.deadlines.insert((deadline, id));
         self.parked.insert(id);
         let flight = Flight {
@@ -511,6 +562,30 @@ impl Leader {
         };
         self.flights.insert(id, flight);
         self.start_if_greeted(id, effects);
+    }
+
+    /// Whether one more batch may come in (promise G9).
+    fn has_room<'a>(&self, mut shards: impl Iterator<Item = &'a ShardId>) -> bool {
+        let Keep { decisions_max, .. } = self.config.keep;
+        // Those that can't be forgotten yet, since they are too young or unfinished, are no reason to refuse before there are many.
+        let remembered_max =
+            decisions_max.saturating_add(decisions_max / 8).saturating_add(self.config.batches_max as u64);
+        let silent_max = self.share(self.config.batches_max);
+        self.flights.len() < self.config.batches_max
+            && self.remembered < remembered_max
+            && shards
+                .all(|shard| !self.is_silent(*shard) || self.shards[shard].outstanding.len() < silent_max)
+    }
+
+    /// What one shard that is silent may take up of room for `most`.
+    fn share(&self, most: usize) -> usize {
+        (most / (2 * self.shards.len())).max(1)
+    }
+
+    fn is_silent(&self, shard: ShardId) -> bool {
+        let view = &self.shards[&shard];
+        let asked = !view.greeted || !view.outstanding.is_empty() || view.reads > 0;
+        asked && self.now.0 >= view.heard_at.0 + SILENT_MS
     }
 
     /// Rule R12: only when all participants have answered the greeting.
@@ -534,6 +609,7 @@ impl Leader {
         let flight = self.flights.get_mut(&id).expect("a batch that is prepared is in flight");
         for shard in pending.parts.keys() {
             let view = self.shards.get_mut(shard).expect("the placement names known shards");
+            view.ask(self.now);
             view.outstanding.insert(number, (id, self.now));
         }
         flight.tries.push(number);
@@ -568,6 +644,8 @@ impl Leader {
             effects.alarms.push(format!("a message came from shard {shard}, which there isn't"));
             return;
         }
+        let now = self.now;
+        self.view(shard).heard_at = now;
         if let Some(greeting) = message.greeting {
             self.greeted(shard, greeting, decisions, effects);
         }
@@ -637,6 +715,9 @@ impl Leader {
     fn decide_commit(&mut self, id: BatchId, number: Number, effects: &mut Effects) {
         let stamp = self.give_stamp(effects);
         let flight = self.flights.get_mut(&id).expect("a batch that is decided is in flight");
+        if let Stage::Preparing { pending, .. } = &flight.stage {
+            self.deadlines.remove(&(pending.deadline, id));
+        }
         flight.stage = Stage::Deciding { number, commit: true, stamp };
         self.recovering.remove(&id);
         match stamp {
@@ -649,7 +730,10 @@ impl Leader {
     fn decide_abort(&mut self, id: BatchId, abort: Abort, effects: &mut Effects) {
         let flight = self.flights.get_mut(&id).expect("a batch that is decided is in flight");
         let number = match &flight.stage {
-            Stage::Preparing { number, .. } => *number,
+            Stage::Preparing { number, pending, .. } => {
+                self.deadlines.remove(&(pending.deadline, id));
+                *number
+            }
             Stage::Deciding { .. } | Stage::Telling { .. } => return,
             Stage::Parked(_) => {
                 self.last_sequence += 1;
@@ -686,7 +770,10 @@ impl Leader {
         Some(self.last_stamp)
     }
 
-    fn applied(&mut self, decisions: Vec<Decision>, ceiling: Stamp, horizon: Millis, effects: &mut Effects) {
+    fn applied(&mut self, acted: Acted, effects: &mut Effects) {
+        let Acted { decisions, ceiling, horizon, history, remembered } = acted;
+        self.history = self.history.max(history);
+        self.remembered = remembered;
         self.ceiling = self.ceiling.max(ceiling);
         self.ceiling_asked = self.ceiling_asked.max(self.ceiling);
         self.horizon = self.horizon.max(horizon);
@@ -720,6 +807,7 @@ impl Leader {
         }
         for (shard, number) in &missing {
             let view = self.shards.get_mut(shard).expect("participants are known shards");
+            view.ask(self.now);
             view.outstanding.insert(*number, (id, self.now));
         }
         let shards: Vec<ShardId> = missing.keys().copied().collect();
@@ -844,6 +932,7 @@ impl Leader {
         self.now = self.now.max(now);
         self.ticked = true;
         self.end_deadlines(effects);
+        self.end_what_holds_up_marks(effects);
         self.retry(effects);
         self.lose_patience(effects);
         self.raise_horizon(effects);
@@ -882,6 +971,23 @@ impl Leader {
         }
     }
 
+    /// Ends batches that make a shard remember too many finished numbers: as if their time was up.
+    fn end_what_holds_up_marks(&mut self, effects: &mut Effects) {
+        let oldest = |view: &ShardView| {
+            let (number, (id, _)) = view.outstanding.first_key_value()?;
+            let far = number.epoch != self.epoch || number.sequence + NUMBERS_MAX < self.last_sequence;
+            far.then_some(*id)
+        };
+        let late: BTreeSet<BatchId> = self.shards.values().filter_map(oldest).collect();
+        for id in late {
+            if let Some(Flight { stage: Stage::Preparing { pending, .. }, .. }) = self.flights.get(&id) {
+                self.deadlines.remove(&(pending.deadline, id));
+                self.deadlines.insert((self.now, id));
+            }
+        }
+        self.end_deadlines(effects);
+    }
+
     fn retry(&mut self, effects: &mut Effects) {
         while let Some((at, id)) = self.retries.first().copied()
             && at <= self.now
@@ -897,15 +1003,20 @@ impl Leader {
         }
     }
 
-    /// Asks for a later horizon: never past anything that is in flight or may come to light.
+    /// Asks for a later horizon: never past a batch that is not decided, as far as is known. That a shard has not answered the
+    /// greeting, and may hold such a one, holds it up for the time of the retention only.
     fn raise_horizon(&mut self, effects: &mut Effects) {
-        let step = (self.config.retention_ms / 100).clamp(100, 60_000);
-        if self.now.0 < self.horizon_asked_at.0 + step || !self.is_recovered() {
+        let retention = self.config.retention_ms;
+        let step = (retention / 100).clamp(100, 60_000);
+        let known = self.is_recovered() || self.now.0 >= self.opened_at.0 + retention;
+        if self.now.0 < self.horizon_asked_at.0 + step || !known {
             return;
         }
         self.horizon_asked_at = self.now;
-        let oldest = self.flights.keys().next().map_or(u64::MAX, |id| id.time().0.saturating_sub(1));
-        let wanted = Millis(self.now.0.saturating_sub(self.config.retention_ms).min(oldest));
+        let mut undecided =
+            self.flights.iter().filter(|(_, flight)| !matches!(flight.stage, Stage::Telling { .. }));
+        let oldest = undecided.next().map_or(u64::MAX, |(id, _)| id.time().0.saturating_sub(1));
+        let wanted = Millis(self.now.0.saturating_sub(retention).min(oldest));
         if wanted > self.horizon {
             // From now on: what is taken up before the log has it would be forgotten while it is in flight.
             self.horizon = wanted;

@@ -63,7 +63,9 @@ impl Leader {
         order: Vec<ShardId>,
         effects: &mut Effects,
     ) {
-        if self.readings.len() >= self.config.reads_max {
+        let silent_max = self.share(self.config.reads_max);
+        let crowded = |shard: &ShardId| self.is_silent(*shard) && self.shards[shard].reads >= silent_max;
+        if self.readings.len() >= self.config.reads_max || queries.keys().any(crowded) {
             effects.replies.push((token, Reply::Refused(Refusal::Overloaded)));
             return;
         }
@@ -75,6 +77,10 @@ impl Leader {
             let read = ShardRead { position, known: false, wait_for: Vec::new(), query };
             effects.reads.push((shard, request, read.clone()));
             pending.insert(shard, (read, self.now));
+            let now = self.now;
+            let view = self.view(shard);
+            view.ask(now);
+            view.reads += 1;
         }
         let reading = Reading {
             token,
@@ -113,12 +119,15 @@ impl Leader {
         decisions: &dyn Decisions,
         effects: &mut Effects,
     ) {
+        let now = self.now;
         let Some(reading) = self.readings.get_mut(&request) else { return };
         let position = reading.position;
         let Some((read, _)) = reading.pending.get(&shard) else { return };
+        self.shards.get_mut(&shard).expect("it was asked").heard_at = now;
         let ShardReadAnswer::InDoubt(ids) = answer else {
             reading.pending.remove(&shard);
             reading.answers.insert(shard, answer);
+            self.view(shard).reads -= 1;
             return self.answer_if_complete(request, effects);
         };
         if read.known {
@@ -166,8 +175,12 @@ impl Leader {
         let (mut bytes, mut too_large) = (0, false);
         for (shard, answer) in reading.answers {
             match answer {
-                ShardReadAnswer::History { changes, next } => {
-                    let reply = Reply::History { position, changes, next };
+                ShardReadAnswer::Pruned { history } => {
+                    effects.replies.push((reading.token, Reply::Refused(Refusal::Pruned { history })));
+                    return;
+                }
+                ShardReadAnswer::History { changes, next, oldest } => {
+                    let reply = Reply::History { position, changes, next, oldest };
                     effects.replies.push((reading.token, reply));
                     return;
                 }
@@ -202,9 +215,18 @@ impl Leader {
             && entry.get().began.0 < oldest
         {
             let reading = entry.remove();
-            let shards = reading.pending.into_keys().collect();
+            let shards: Vec<ShardId> = reading.pending.into_keys().collect();
+            for shard in &shards {
+                self.shards.get_mut(shard).expect("it was asked").reads -= 1;
+            }
             effects.replies.push((reading.token, Reply::Refused(Refusal::Unavailable { shards })));
         }
+    }
+
+    /// Up to where the shards may drop old versions: no read that is under way, and none that is still to come, is at a position below.
+    pub(super) fn history_for_reads(&self) -> Stamp {
+        let lowest = self.readings.values().next().map_or(self.history, |first| first.position);
+        self.history.min(lowest)
     }
 
     /// Asks a shard again.

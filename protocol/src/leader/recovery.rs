@@ -104,11 +104,10 @@ impl Leader {
             match decisions.remembered(id) {
                 Remembered::Decided(decision) if decision.result.is_ok() && decision.hash == Some(hash) => {
                     // The shard has confirmed it between the greeting and now; its own word ends it once more.
-                    self.adopt_decision(decision, &[shard]);
-                    return;
+                    return self.adopt_decision(decision, &[shard]);
                 }
-                // What is forgotten was finished: the shard has confirmed it since it listed it, or holds a part that its decision
-                // doesn't know. Neither may be decided anew.
+                // Behind the horizon there is no decision any more, and never will be one to commit. If it was committed, the shard
+                // has confirmed it since it made this list, and an abort changes nothing.
                 Remembered::Decided(_) | Remembered::Forgotten { .. } => {
                     return self.stray(shard, number, id, effects);
                 }

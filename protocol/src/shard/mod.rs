@@ -9,6 +9,8 @@
 //! - A prepare at or below the mark, with a finished number, or of another epoch than the recorded one, changes nothing (R4, R11).
 //! - The answer to a repeated prepare is the same, YES and NO alike, until its outcome.
 //! - Effects of a commit and the end of its part are one atomic step (R5).
+//! - Versions that no read at or above the history mark needs are dropped, by a sweep that does a bounded piece of work with each
+//!   entry; a read below the mark is refused, whether they are gone or not.
 //!
 //! For example: `prepare 1.1 add a -10` on a balance of 15 is held and answered YES; `prepare 1.2 add a -10` waits, because the
 //! answer depends on 1.1; `outcome 1.1 abort` grants it, and the vote YES for 1.2 is among the answers.
@@ -40,6 +42,11 @@ const PART_TABLE: u8 = 0x12;
 const PEER_TABLE: u8 = 0x13;
 const FINISHED_TABLE: u8 = 0x14;
 const CONFIG_TABLE: u8 = 0x15;
+const SWEEP_TABLE: u8 = 0x16;
+
+/// Versions that a sweep looks at with each entry, beside twice as many as the entry adds. So a sweep ends before half as many have come
+/// as there are, and at most about as many are kept needlessly as are needed.
+const SWEPT_PER_ENTRY: usize = 64;
 
 /// What all replicas of a shard must know and have equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -87,6 +94,8 @@ impl ShardReply {
 struct Peer {
     epoch: Epoch,
     mark: Number,
+    /// It will not read at a position below.
+    history: Stamp,
     /// Finished numbers above the mark.
     finished: BTreeSet<Number>,
 }
@@ -95,6 +104,26 @@ impl Peer {
     fn is_finished(&self, number: Number) -> bool {
         number <= self.mark || self.finished.contains(&number)
     }
+
+    fn save(&self, store: &mut dyn Store, coordinator: GroupId) -> Result<(), StoreError> {
+        store.put(&peer_key(coordinator), &encode(&(self.epoch, self.mark, self.history)))
+    }
+
+    /// Whether anything of it is stored.
+    fn is_stored(&self) -> bool {
+        self.epoch > Epoch(0) || self.mark > Number::default() || self.history > Stamp(0)
+    }
+}
+
+/// How far old versions are dropped.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+struct Sweep {
+    /// The key where it goes on; empty: none is under way.
+    from: Vec<u8>,
+    /// The history mark with which it began.
+    began: Stamp,
+    /// The mark with which the last one that has ended began.
+    done: Stamp,
 }
 
 /// Where a held part stands.
@@ -160,6 +189,9 @@ pub struct Shard {
     tickets: BTreeMap<Ticket, BatchId>,
     /// Rows that somebody holds or waits for.
     locks: BTreeMap<RowKey, RowLock>,
+    sweep: Sweep,
+    /// Versions that the present entry has added.
+    written: usize,
 }
 
 impl Machine for Shard {
@@ -176,7 +208,12 @@ impl Machine for Shard {
             parts: BTreeMap::new(),
             tickets: BTreeMap::new(),
             locks: BTreeMap::new(),
+            sweep: Sweep::default(),
+            written: 0,
         };
+        if let Some(bytes) = store.get(&[SWEEP_TABLE])? {
+            shard.sweep = decode("sweep", &bytes)?;
+        }
         shard.load_peers(store)?;
         shard.load_parts(store)?;
         Ok(shard)
@@ -194,6 +231,7 @@ impl Machine for Shard {
         for message in entry.messages {
             self.take(store, proposed, message, &mut reply)?;
         }
+        self.sweep(store)?;
         Ok(reply)
     }
 }
@@ -245,6 +283,12 @@ impl Shard {
         self.peers.values().map(|peer| peer.finished.len()).sum()
     }
 
+    /// The history mark: no coordinator reads at a position below it.
+    pub fn history(&self) -> Stamp {
+        let stored = self.peers.values().filter(|peer| peer.is_stored());
+        stored.map(|peer| peer.history).min().unwrap_or_default()
+    }
+
     /// Answers a read from what has been applied, or `None`: a part that it has to wait for is still held.
     ///
     /// The caller has confirmed that this replica leads, and has applied all that was committed before the read came.
@@ -256,6 +300,10 @@ impl Shard {
     ) -> Result<Option<ShardReadAnswer>, StoreError> {
         if read.wait_for.iter().any(|id| self.parts.contains_key(&(coordinator, *id))) {
             return Ok(None);
+        }
+        let history = self.history();
+        if read.position < history {
+            return Ok(Some(ShardReadAnswer::Pruned { history }));
         }
         let single;
         let rows = match &read.query {
@@ -292,7 +340,8 @@ impl Shard {
             }
             ShardQuery::History { row, from, limit } => {
                 let (changes, next) = rows::history(store, row, *from, read.position, *limit)?;
-                ShardReadAnswer::History { changes, next }
+                let oldest = if history == Stamp(0) { history } else { Stamp(history.0 + 1) };
+                ShardReadAnswer::History { changes, next, oldest }
             }
         }))
     }
@@ -319,6 +368,11 @@ impl Shard {
             }
         }
         self.raise_mark(store, coordinator, message.mark, reply)?;
+        let peer = self.peers.entry(coordinator).or_default();
+        if message.history > peer.history {
+            peer.history = message.history;
+            peer.save(store, coordinator)?;
+        }
         if message.greet {
             let greeting = self.greet(store, coordinator, message.epoch)?;
             reply.to(coordinator).greeting = Some(greeting);
@@ -365,7 +419,7 @@ impl Shard {
             store.delete(&finished_key(coordinator, number))?;
         }
         peer.mark = mark;
-        store.put(&peer_key(coordinator), &encode(&(peer.epoch, peer.mark)))
+        peer.save(store, coordinator)
     }
 
     /// Rule R11: the epoch is recorded before anything is listed.
@@ -378,7 +432,7 @@ impl Shard {
         let peer = self.peers.entry(coordinator).or_default();
         if epoch > peer.epoch {
             peer.epoch = epoch;
-            store.put(&peer_key(coordinator), &encode(&(peer.epoch, peer.mark)))?;
+            peer.save(store, coordinator)?;
         }
         // An answer to a deposed leader may reach the one whose epoch is recorded, so it lists everything too.
         let epoch = peer.epoch;
@@ -495,13 +549,15 @@ impl Shard {
         stamp: Stamp,
         operations: &Part,
     ) -> Result<(), StoreError> {
+        let history = self.history();
         for (row, operations) in evaluate::by_row(operations) {
             let claim = evaluate::claim(&operations);
             if !claim.writes {
                 continue;
             }
+            self.written += 1;
             if claim.mode == Mode::Add {
-                rows::add(store, row, id, stamp, claim.delta)?;
+                rows::add(store, row, id, stamp, claim.delta, history)?;
                 continue;
             }
             let before = rows::settled(store, row)?;
@@ -509,10 +565,12 @@ impl Shard {
                 panic!("batch {id} was granted row {row:?} and now fails: {abort:?}")
             });
             match (&before.value, &after) {
-                (RowValue::Absent, RowValue::Balance(sum)) => rows::add(store, row, id, stamp, *sum)?,
+                (RowValue::Absent, RowValue::Balance(sum)) => {
+                    rows::add(store, row, id, stamp, *sum, history)?
+                }
                 (RowValue::Balance(old), RowValue::Balance(new)) => {
                     let delta = new.checked_sub(*old).expect("deltas on a row add up to 128 bits");
-                    rows::add(store, row, id, stamp, delta)?;
+                    rows::add(store, row, id, stamp, delta, history)?;
                 }
                 _ => rows::replace(store, row, id, stamp, after)?,
             }
@@ -628,6 +686,24 @@ impl Shard {
         Ok(())
     }
 
+    /// Drops versions that no read will need, a few with each entry.
+    fn sweep(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
+        let most = SWEPT_PER_ENTRY + 2 * std::mem::take(&mut self.written);
+        let history = self.history();
+        if self.sweep.from.is_empty() {
+            if history <= self.sweep.done {
+                return Ok(());
+            }
+            self.sweep.from = rows::FIRST_VERSION.to_vec();
+            self.sweep.began = history;
+        }
+        match rows::drop_versions(store, history, &self.sweep.from, most)? {
+            Some(next) => self.sweep.from = next,
+            None => self.sweep = Sweep { done: self.sweep.began, ..Sweep::default() },
+        }
+        store.put(&[SWEEP_TABLE], &encode(&self.sweep))
+    }
+
     /// Notes a number as finished: whatever comes with it is refused.
     fn forget(
         &mut self,
@@ -645,10 +721,10 @@ impl Shard {
     fn load_peers(&mut self, store: &dyn Store) -> Result<(), StoreError> {
         let mut failed = None;
         store.scan(&[PEER_TABLE], &[PEER_TABLE + 1], &mut |key, bytes| {
-            match decode::<(Epoch, Number)>("peer", bytes) {
+            match decode::<(Epoch, Number, Stamp)>("peer", bytes) {
                 Err(error) => failed = Some(error),
-                Ok((epoch, mark)) => {
-                    let peer = Peer { epoch, mark, finished: BTreeSet::new() };
+                Ok((epoch, mark, history)) => {
+                    let peer = Peer { epoch, mark, history, finished: BTreeSet::new() };
                     self.peers.insert(group_of(key), peer);
                 }
             }

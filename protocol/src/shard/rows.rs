@@ -3,6 +3,8 @@
 //! A row's *settled* value holds exactly the committed batches that were applied here. Every change is kept as a version under
 //! its stamp. After a failover stamps may arrive out of order; only deltas can (writes of records are exclusive), and then the
 //! later versions are shifted, so the list is always what it would be had they come in order.
+//!
+//! Of the versions at or below the history mark only the newest one of each row is needed.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -17,6 +19,9 @@ use crate::{
 
 const ROW_TABLE: u8 = 0x10;
 const VERSION_TABLE: u8 = 0x11;
+
+/// The lower bound of the keys of all versions.
+pub const FIRST_VERSION: &[u8] = &[VERSION_TABLE];
 
 /// A version as it is stored: `(row, stamp)` is its key.
 #[derive(Serialize, Deserialize)]
@@ -114,6 +119,34 @@ pub fn history(
     failed.map_or(Ok((changes, next)), Err)
 }
 
+/// Looks at `most` versions from a key on, and drops those that are followed by another one at or below the history mark. Gives the
+/// key where to go on, or none at the end.
+pub fn drop_versions(
+    store: &mut dyn Store,
+    history: Stamp,
+    from: &[u8],
+    most: usize,
+) -> Result<Option<Vec<u8>>, StoreError> {
+    let mut dropped = Vec::new();
+    let mut before: Vec<u8> = Vec::new();
+    let mut looked = 0;
+    let mut more = false;
+    store.scan(from, &[VERSION_TABLE + 1], &mut |key, _| {
+        let row = key.len() - 8;
+        if before.len() == key.len() && before[..row] == key[..row] && stamp_of(key) <= history {
+            dropped.push(std::mem::take(&mut before));
+        }
+        before.clear();
+        before.extend_from_slice(key);
+        looked += 1;
+        more = looked > most;
+        !more
+    })?;
+    dropped.iter().try_for_each(|key| store.delete(key))?;
+    // Whether the last one goes depends on the one behind it.
+    Ok(more.then_some(before))
+}
+
 /// Adds the sum of a batch's deltas to a balance, at the batch's stamp.
 pub fn add(
     store: &mut dyn Store,
@@ -121,6 +154,7 @@ pub fn add(
     id: BatchId,
     stamp: Stamp,
     delta: i128,
+    history: Stamp,
 ) -> Result<(), StoreError> {
     let now = settled(store, row)?;
     if stamp > now.version {
@@ -129,18 +163,22 @@ pub fn add(
     }
     // Out of order: this batch comes before some that are already here.
     let result = plus(&at(store, row, stamp)?.value, delta);
-    let mut later = Vec::new();
+    let mut later: Vec<(Vec<u8>, Bytes)> = Vec::new();
     store.scan(&version_key(row, stamp), &versions_end(row), &mut |key, bytes| {
         later.push((key.to_vec(), Bytes::copy_from_slice(bytes)));
         true
     })?;
+    let needed = later.first().is_none_or(|(key, _)| stamp_of(key) > history);
     for (key, bytes) in later {
         let mut version: Version = decode("version", &bytes)?;
         assert!(stamp_of(&key) != stamp, "two batches have stamp {stamp} on row {row:?}");
         version.result = plus(&version.result, delta);
         store.put(&key, &encode(&version))?;
     }
-    store.put(&version_key(row, stamp), &encode(&Version { id, delta: Some(delta), result }))?;
+    // What it would be shown from may be gone already if no read needs it.
+    if needed {
+        store.put(&version_key(row, stamp), &encode(&Version { id, delta: Some(delta), result }))?;
+    }
     let shifted = RowAt { version: now.version, value: plus(&now.value, delta) };
     store.put(&row_key(row), &encode(&shifted))
 }
@@ -197,7 +235,8 @@ mod tests {
             let mut store = MemoryStore::default();
             for place in order {
                 let (stamp, delta) = deltas[place];
-                add(&mut store, &row, BatchId::from_parts(Millis(stamp.0), [0; 10]), stamp, delta).unwrap();
+                add(&mut store, &row, BatchId::from_parts(Millis(stamp.0), [0; 10]), stamp, delta, Stamp(0))
+                    .unwrap();
             }
             store
         };
@@ -212,5 +251,62 @@ mod tests {
         assert_eq!(balance_at(99), RowValue::Balance(0));
         let (changes, next) = history(&in_order, &row, Stamp(3), Stamp(10), 1).unwrap();
         assert_eq!((changes[0].stamp, changes[0].delta, next), (Stamp(5), Some(-3), Some(Stamp(9))));
+    }
+
+    #[test]
+    fn what_a_read_at_the_mark_needs_is_kept_and_nothing_before() {
+        let mut store = MemoryStore::default();
+        let rows = ["a", "b", "c"].map(|name| RowKey::new(name, "USD").unwrap());
+        let id = |stamp: u64| BatchId::from_parts(Millis(stamp), [0; 10]);
+        let mut stamp = 0;
+        for _ in 0..10 {
+            for row in &rows {
+                stamp += 1;
+                add(&mut store, row, id(stamp), Stamp(stamp), 1, Stamp(0)).unwrap();
+            }
+        }
+        let before = store.clone();
+        // Three at a time, as entries do.
+        let (history, mut from) = (Stamp(15), Some(FIRST_VERSION.to_vec()));
+        let mut rounds = 0;
+        while let Some(next) = from {
+            from = drop_versions(&mut store, history, &next, 3).unwrap();
+            rounds += 1;
+            assert!(rounds < 20, "the sweep never ends");
+        }
+        // Of the 30 versions 15 lie above the mark, and one of each row below is needed.
+        assert_eq!(store.len(), rows.len() + 15 + rows.len());
+        for row in &rows {
+            for position in 15..=30 {
+                let position = Stamp(position);
+                assert_eq!(at(&store, row, position).unwrap(), at(&before, row, position).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn a_delta_that_comes_late_below_the_mark_shifts_what_is_kept() {
+        let row = RowKey::new("a", "USD").unwrap();
+        let id = |stamp: u64| BatchId::from_parts(Millis(stamp), [0; 10]);
+        for history in [0, 4, 7, 8, 20] {
+            let (mut store, mut in_order) = (MemoryStore::default(), MemoryStore::default());
+            for stamp in [2, 4, 6, 9, 12] {
+                add(&mut store, &row, id(stamp), Stamp(stamp), 10, Stamp(0)).unwrap();
+            }
+            drop_versions(&mut store, Stamp(history), FIRST_VERSION, 100).unwrap();
+            add(&mut store, &row, id(7), Stamp(7), 1, Stamp(history)).unwrap();
+            for stamp in [2, 4, 6, 7, 9, 12] {
+                let delta = if stamp == 7 { 1 } else { 10 };
+                add(&mut in_order, &row, id(stamp), Stamp(stamp), delta, Stamp(0)).unwrap();
+            }
+            for position in history..=20 {
+                let position = Stamp(position);
+                assert_eq!(
+                    at(&store, &row, position).unwrap(),
+                    at(&in_order, &row, position).unwrap(),
+                    "at {position}, with the mark at {history}"
+                );
+            }
+        }
     }
 }

@@ -2,11 +2,11 @@
 //! delivered, and callers. Whoever holds it chooses what happens next; it has no will, clock or randomness of its own.
 #![allow(dead_code)] // each test file uses its own part
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use verdict_protocol::{
     batch::{Batch, Placement, RowKey},
-    coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply},
+    coordinator::{Act, Acted, Coordinator, CoordinatorEntry, CoordinatorReply},
     ids::{BatchId, GroupId, Millis, NodeId, ShardId, Stamp},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::{self, Machine},
@@ -119,6 +119,8 @@ pub struct World {
     /// The last one is the leader of the newest epoch.
     pub leaders: Vec<Running>,
     pub packets: Vec<Packet>,
+    /// What is sent to these, or by them, is lost.
+    pub down: BTreeSet<ShardId>,
     /// Reads that wait at a shard; looked at again when time passes.
     waiting: Vec<Packet>,
     pub replies: Vec<(Token, Reply)>,
@@ -128,6 +130,9 @@ pub struct World {
     submitted_after: BTreeMap<BatchId, Stamp>,
     pub tokens: BTreeMap<Token, BatchId>,
     next_token: u64,
+    /// All that was ever decided, in order, though the coordinators may have forgotten it.
+    pub recorded: Vec<Decision>,
+    places: BTreeMap<BatchId, usize>,
 }
 
 pub const START: Millis = Millis(1_700_000_000_000);
@@ -149,6 +154,7 @@ impl World {
             shards: placement.all().map(group).collect(),
             leaders: Vec::new(),
             packets: Vec::new(),
+            down: BTreeSet::new(),
             waiting: Vec::new(),
             replies: Vec::new(),
             alarms: Vec::new(),
@@ -156,6 +162,8 @@ impl World {
             submitted_after: BTreeMap::new(),
             tokens: BTreeMap::new(),
             next_token: 0,
+            recorded: Vec::new(),
+            places: BTreeMap::new(),
         }
     }
 
@@ -167,7 +175,11 @@ impl World {
 
     /// A new leader opens its epoch. The one before lives on, unaware.
     pub fn elect(&mut self) {
-        let entry = CoordinatorEntry::Open { node: NodeId(1), placement: self.config.placement };
+        let entry = CoordinatorEntry::Open {
+            node: NodeId(1),
+            placement: self.config.placement,
+            keep: self.config.keep,
+        };
         match self.coordinator.commit(machine::encode(&entry)) {
             CoordinatorReply::Opened(opened) => {
                 let (leader, effects) = Leader::open(self.config, opened, self.now);
@@ -182,7 +194,24 @@ impl World {
     pub fn crash(&mut self, committed: usize) {
         if let Some(running) = self.leaders.pop() {
             for act in running.acts.into_iter().take(committed) {
-                self.coordinator.commit(machine::encode(&CoordinatorEntry::Act(act)));
+                let entry = machine::encode(&CoordinatorEntry::Act(act));
+                if let CoordinatorReply::Acted(acted) = self.coordinator.commit(entry) {
+                    self.note_decisions(&acted);
+                }
+            }
+        }
+    }
+
+    /// Promise G2: a decision never changes, whether it is remembered or not.
+    fn note_decisions(&mut self, acted: &Acted) {
+        for decision in &acted.decisions {
+            let place = self.places.get(&decision.id).copied();
+            match place {
+                None => {
+                    self.places.insert(decision.id, self.recorded.len());
+                    self.recorded.push(decision.clone());
+                }
+                Some(place) => assert_eq!(self.recorded[place], *decision, "a decision has changed"),
             }
         }
     }
@@ -222,8 +251,9 @@ impl World {
         }
         let act = self.leaders[place].acts.remove(0);
         match self.coordinator.commit(machine::encode(&CoordinatorEntry::Act(act))) {
-            CoordinatorReply::Acted { decisions, ceiling, horizon } => {
-                self.step(place, Event::Applied { decisions, ceiling, horizon });
+            CoordinatorReply::Acted(acted) => {
+                self.note_decisions(&acted);
+                self.step(place, Event::Applied(acted));
             }
             CoordinatorReply::OldEpoch { .. } => {
                 self.leaders.remove(place);
@@ -244,6 +274,13 @@ impl World {
     pub fn deliver(&mut self, packet: Packet, place: usize) {
         if std::env::var_os("WORLD_TRACE").is_some() {
             eprintln!("deliver to {place} of {}: {packet:?}", self.leaders.len());
+        }
+        let (Packet::ToShard(shard, _)
+        | Packet::Read(shard, ..)
+        | Packet::FromShard(shard, _)
+        | Packet::Answer(shard, ..)) = &packet;
+        if self.down.contains(shard) {
+            return;
         }
         match packet {
             Packet::ToShard(shard, message) => {
@@ -385,7 +422,7 @@ impl World {
         }
     }
 
-    /// All decisions, in the order of recording.
+    /// All decisions that are remembered, in the order of recording.
     pub fn decisions(&self) -> Vec<Decision> {
         let replica = self.coordinator.leading();
         let (listed, _) = replica.machine.list(&replica.store, 0, usize::MAX).expect("memory doesn't fail");
@@ -426,7 +463,10 @@ impl World {
                 group.restart(place);
             }
         }
-        let decisions = self.decisions();
+        for decision in self.decisions() {
+            assert!(self.recorded.contains(&decision), "{decision:?} was never recorded");
+        }
+        let decisions = self.recorded.clone();
         self.check_replies(&decisions);
         self.check_order(&decisions);
         self.check_rejections(&decisions);
