@@ -10,7 +10,7 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories
+.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +24,9 @@ check: ## Visits every state of small clusters; ARGS=--full the large ones, ARGS
 drill: setup ## Lets things die and break while trades settle, and reports: `make drill ARGS="kill-coordinator --out r.html"`
 	$(WITH_ROCKSDB) cargo build --locked --release -p verdict-disk
 	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- drill $(or $(ARGS),kill-coordinator)
+
+bugs: ## Puts each bug of bugs/ into a copy of the tree, and shows the test that catches it; ONLY=B07 those of one class
+	scripts/bugs.sh $(ONLY) $(ARGS)
 
 dev: setup ## Starts a durable cluster of three nodes in one process, for development against it
 	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- dev $(ARGS)

@@ -135,18 +135,16 @@ impl<'a> Cluster<'a> {
 
     fn hear(&mut self, heard: Heard) {
         match heard {
-            Heard::Applied { decisions, ceiling, horizon } => {
-                self.step(Event::Applied { decisions, ceiling, horizon });
-            }
+            Heard::Applied(acted) => self.step(Event::Applied(acted)),
             Heard::OldEpoch => self.alarms.push("the only leader is told of a newer epoch".to_owned()),
         }
     }
 
     fn record(&mut self, act: Act) {
         match apply_to_coordinator(&mut self.coordinator, &CoordinatorEntry::Act(act)) {
-            CoordinatorReply::Acted { decisions, ceiling, horizon } => {
-                self.recorded.extend(decisions.iter().cloned());
-                self.hear(Heard::Applied { decisions, ceiling, horizon });
+            CoordinatorReply::Acted(acted) => {
+                self.recorded.extend(acted.decisions.iter().cloned());
+                self.hear(Heard::Applied(acted));
             }
             CoordinatorReply::OldEpoch { .. } => self.hear(Heard::OldEpoch),
             other => self.alarms.push(format!("an act is answered with {other:?}")),

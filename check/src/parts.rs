@@ -7,8 +7,8 @@
 use std::{any::Any, cell::RefCell, panic, sync::Arc};
 
 use verdict_protocol::{
-    coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply},
-    ids::{BatchId, GroupId, Millis, NodeId, ShardId, Stamp},
+    coordinator::{Act, Acted, Coordinator, CoordinatorEntry, CoordinatorReply},
+    ids::{BatchId, GroupId, Millis, NodeId, ShardId},
     leader::{Decisions, Effects, Event, Leader, Remembered, Reply, Token},
     machine::{Machine, encode},
     messages::{Decision, FromShard, ShardRead, ShardReadAnswer, ToShard},
@@ -48,14 +48,7 @@ pub enum Packet {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Heard {
     /// Its entry was applied.
-    Applied {
-        /// The decisions that stand.
-        decisions: Vec<Decision>,
-        /// The ceiling of stamps.
-        ceiling: Stamp,
-        /// The horizon.
-        horizon: Millis,
-    },
+    Applied(Acted),
     /// A newer epoch has begun.
     OldEpoch,
 }
@@ -246,9 +239,7 @@ impl Parts {
             },
             Input::Reconnected(shard) => Event::Reconnected { shard: ShardId(shard) },
             Input::Heard(heard) => match self.heard.get(heard).clone() {
-                Heard::Applied { decisions, ceiling, horizon } => {
-                    Event::Applied { decisions, ceiling, horizon }
-                }
+                Heard::Applied(acted) => Event::Applied(acted),
                 Heard::OldEpoch => unreachable!("ends the leader"),
             },
             Input::Tick(ticks) => Event::Tick { now: clock(ticks) },
@@ -327,9 +318,7 @@ impl Parts {
             let mut after = before.clone();
             let entry = CoordinatorEntry::Act(self.acts.get(act).clone());
             let heard = match guarded(|| apply_to_coordinator(&mut after, &entry)) {
-                Ok(CoordinatorReply::Acted { decisions, ceiling, horizon }) => {
-                    Heard::Applied { decisions, ceiling, horizon }
-                }
+                Ok(CoordinatorReply::Acted(acted)) => Heard::Applied(acted),
                 Ok(CoordinatorReply::OldEpoch { .. }) => Heard::OldEpoch,
                 Ok(other) => {
                     let wrong = Some(format!("what a leader recorded is answered with {other:?}"));
@@ -433,7 +422,8 @@ pub fn apply_to_coordinator(
 
 /// Opens an epoch: the new leader, and what it does first.
 pub fn open_epoch(coordinator: &mut Replica<Coordinator>, case: &Case) -> (Leader, Effects) {
-    let entry = CoordinatorEntry::Open { node: NodeId(1), placement: case.placement() };
+    let entry =
+        CoordinatorEntry::Open { node: NodeId(1), placement: case.placement(), keep: case.leader().keep };
     match apply_to_coordinator(coordinator, &entry) {
         CoordinatorReply::Opened(opened) => Leader::open(case.leader(), opened, START),
         other => panic!("opening an epoch was answered with {other:?}"),

@@ -225,9 +225,7 @@ impl Driver {
                  and start the node again",
                 self.config.placement.shards, recorded.shards
             ))),
-            CoordinatorReply::Acted(_)
-            | CoordinatorReply::OldEpoch { .. }
-            | CoordinatorReply::Node(_) => {
+            CoordinatorReply::Acted(_) | CoordinatorReply::OldEpoch { .. } | CoordinatorReply::Node(_) => {
                 unreachable!("an opening entry is answered as one")
             }
         }

@@ -230,7 +230,7 @@ impl Gateway {
         let id = batch.id;
         match self.ask(Question::Submit { batch, hash }).await {
             Ok(Reply::Decided(decision)) => Ok(outcome_to_wire(&decision)),
-            Ok(Reply::Refused(refusal)) => Err(refusal_of(&refusal, id).status()),
+            Ok(Reply::Refused(refusal)) => Err(refusal_of(&refusal, "batch.id", id).status()),
             Ok(_) => Err(unexpected()),
             Err(NotServed::NotLeader) => Err(self.not_leader()),
             Err(NotServed::Overloaded) => Err(CallFailure::overloaded("too many callers wait").status()),

@@ -33,7 +33,7 @@ use verdict_proto::{
 };
 use verdict_protocol::{
     batch::Placement,
-    ids::{BatchId, Millis, NodeId, Number, ShardId},
+    ids::{BatchId, Millis, NodeId, Number, ShardId, Stamp},
     messages::{
         Abort, AbortReason, Done, FromShard, Greeting, HeldPart, RowAt, ShardQuery, ShardReadAnswer, Vote,
         VoteKind,

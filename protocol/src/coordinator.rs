@@ -27,7 +27,7 @@ const STATE_TABLE: u8 = 0x20;
 const DECISION_TABLE: u8 = 0x21;
 const ORDER_TABLE: u8 = 0x22;
 const UNFINISHED_TABLE: u8 = 0x23;
-const CHECKPOINT_TABLE: u8 = 0x24;
+const CHECKPOINT_TABLE: u8 = 0x25;
 
 /// By how much an opening entry, and later the leader, raises the ceiling of stamps.
 pub const STAMP_BLOCK: u64 = 1 << 20;

@@ -75,6 +75,7 @@ enum Choice {
     Reconnect(u8),
     Cancel(u8),
     Read,
+    ReadAtAny(u8),
 }
 
 fn choice() -> impl Strategy<Value = Choice> {
@@ -93,6 +94,7 @@ fn choice() -> impl Strategy<Value = Choice> {
         2 => any::<u8>().prop_map(Choice::Reconnect),
         1 => (0..24u8).prop_map(Choice::Cancel),
         4 => Just(Choice::Read),
+        2 => any::<u8>().prop_map(Choice::ReadAtAny),
     ]
 }
 
@@ -164,6 +166,12 @@ fn take(world: &mut World, choice: Choice) {
                 world.query(id_of(number), true);
             }
         }
+        Choice::ReadAtAny(which) => {
+            if !world.leaders.is_empty() {
+                let place = usize::from(which) % world.leaders.len();
+                world.read_at(place, (0..ACCOUNTS).map(balance_row).collect());
+            }
+        }
         Choice::Read => {
             if !world.leaders.is_empty() {
                 world.read((0..ACCOUNTS).map(balance_row).collect());
@@ -172,11 +180,14 @@ fn take(world: &mut World, choice: Choice) {
     }
 }
 
-/// Promise G5 for reads: each equals the state after exactly the batches with stamps up to its position.
+/// Promise G5 for reads: each equals the state after exactly the batches with stamps up to its position, and none is older than what
+/// had been told before it began.
 fn check_reads(world: &World) {
     let decisions = &world.recorded;
     for (token, reply) in &world.replies {
         let Reply::Rows { position, rows } = reply else { continue };
+        let after = world.read_after[token];
+        assert!(*position >= after, "read {token:?} is answered at {position}, after {after} was told");
         let mut sums: BTreeMap<RowKey, (i128, Stamp)> = BTreeMap::new();
         for decision in decisions {
             let Ok(stamp) = decision.result else { continue };
@@ -208,8 +219,14 @@ fn check_reads(world: &World) {
 
 /// `PROPTEST_CASES` runs more; a failing case is shrunk and kept beside this file.
 fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(3000);
-    ProptestConfig { cases, max_shrink_iters: 20_000, ..ProptestConfig::default() }
+    let number = |name: &str, default| {
+        std::env::var(name).ok().and_then(|number| number.parse().ok()).unwrap_or(default)
+    };
+    ProptestConfig {
+        cases: number("PROPTEST_CASES", 3000),
+        max_shrink_iters: number("PROPTEST_MAX_SHRINK_ITERS", 20_000),
+        ..ProptestConfig::default()
+    }
 }
 
 proptest! {

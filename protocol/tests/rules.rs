@@ -3,9 +3,10 @@
 mod world;
 
 use verdict_protocol::{
-    batch::{Operation, OperationKind, Placement, RowKey},
+    batch::{Batch, Operation, OperationKind, Placement, RowKey},
     coordinator::{Act, CoordinatorEntry, CoordinatorReply, Keep},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
+    leader::Reply,
     machine::encode,
     messages::{Abort, AbortReason, Decision, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind},
     roster::{self, NodeChange, NodeRefusal, NodeWish},
@@ -267,4 +268,139 @@ fn an_id_of_a_node_is_never_given_twice() {
     let records = roster::nodes(&lead.store).unwrap();
     let listed: Vec<_> = records.iter().map(|(node, record)| (node.0, record.removed)).collect();
     assert_eq!(listed, [(1, true), (2, false), (3, false), (4, true), (5, false)]);
+}
+
+fn only_vote(world: &mut World, epoch: u64, prepare: Prepare) -> VoteKind {
+    let message = ToShard { epoch: Epoch(epoch), prepares: vec![prepare], ..ToShard::default() };
+    say(world, message).0.votes[0].kind.clone()
+}
+
+fn end(world: &mut World, outcome: PartOutcome) {
+    say(world, ToShard { epoch: Epoch(1), outcomes: vec![outcome], ..ToShard::default() });
+}
+
+fn restart_all(world: &mut World) {
+    let group = world.shards.get_mut(&ShardId(1)).unwrap();
+    for place in 0..2 {
+        group.catch_up(place);
+        group.restart(place);
+    }
+}
+
+#[test]
+fn a_finished_number_is_known_after_a_restart() {
+    let mut world = greeted(1);
+    end(&mut world, outcome(7, number(1, 3), None));
+    restart_all(&mut world);
+    assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 3), 5)), VoteKind::Finished);
+}
+
+#[test]
+fn a_prepare_that_comes_after_its_commit_is_refused() {
+    let mut world = greeted(1);
+    assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 3), 5)), VoteKind::Yes);
+    end(&mut world, outcome(7, number(1, 3), Some(4)));
+    assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 3), 5)), VoteKind::Finished);
+    restart_all(&mut world);
+    assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 3), 5)), VoteKind::Finished);
+    assert_eq!(world.shards[&ShardId(1)].leading().machine.counts().held_rows, 0);
+    assert_eq!(world.row(&row()).value, RowValue::Balance(5));
+}
+
+#[test]
+fn a_finished_part_does_not_come_back_with_a_restart() {
+    let mut world = greeted(1);
+    assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 1), 5)), VoteKind::Yes);
+    assert_eq!(only_vote(&mut world, 1, prepare(8, number(1, 2), 5)), VoteKind::Yes);
+    end(&mut world, outcome(7, number(1, 1), Some(4)));
+    end(&mut world, outcome(8, number(1, 2), None));
+    restart_all(&mut world);
+    assert_eq!(world.shards[&ShardId(1)].leading().machine.held().count(), 0);
+    end(&mut world, outcome(7, number(1, 1), Some(4)));
+    assert_eq!(world.row(&row()).value, RowValue::Balance(5), "a second commit has a second effect");
+}
+
+#[test]
+fn a_day_in_doubt_takes_nothing_away() {
+    let mut world = greeted(1);
+    assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 1), 5)), VoteKind::Yes);
+    let mut put = prepare(8, number(1, 2), 0);
+    put.operations[0].1.kind = OperationKind::Put(bytes::Bytes::from_static(b"x"));
+    assert_eq!(only_vote(&mut world, 1, put), VoteKind::Waiting);
+    for hour in 0..25 {
+        world.now = Millis(world.now.0 + 3_600_000);
+        // Other work goes on, and so does the shard's clock.
+        let other = number(1, 10 + hour);
+        let mut elsewhere = prepare(9, other, 1);
+        elsewhere.operations[0].1.row = RowKey::new("b", "USD").unwrap();
+        assert_eq!(only_vote(&mut world, 1, elsewhere), VoteKind::Yes);
+        end(&mut world, outcome(9, other, None));
+        restart_all(&mut world);
+    }
+    let counts = world.shards[&ShardId(1)].leading().machine.counts();
+    assert_eq!((counts.in_doubt, counts.waiting, counts.held_rows), (1, 1, 1), "R3: no timer ends a part");
+    assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 1), 5)), VoteKind::Yes);
+}
+
+fn add_batch(letter: u8, rows: &[RowKey]) -> Batch {
+    let kind = OperationKind::Add { delta: 1, floor: None, ceiling: None };
+    let operations = rows.iter().map(|row| Operation { row: row.clone(), kind: kind.clone() }).collect();
+    Batch { id: id(letter), timeout_ms: 0, operations, zero_sum: false }
+}
+
+/// A row on each of two shards.
+fn rows_of_two(world: &World) -> [RowKey; 2] {
+    [1, 2].map(|shard| {
+        let placement = world.config.placement;
+        let mut names = (0..).map(|place| format!("user:{place}"));
+        let partition = names.find(|name| placement.shard_of(name) == ShardId(shard)).unwrap();
+        RowKey::new(&partition, "USD").unwrap()
+    })
+}
+
+#[test]
+fn a_new_leader_does_not_say_not_seen_before_all_shards_have_answered() {
+    let mut world = World::new(2, 2);
+    world.elect();
+    world.deliver_all();
+    let rows = rows_of_two(&world);
+    world.submit(add_batch(7, &rows));
+    // Both vote YES, and the leader dies before it hears of it.
+    for packet in std::mem::take(&mut world.packets) {
+        world.deliver(packet, 0);
+    }
+    world.packets.clear();
+    world.crash(0);
+    world.elect();
+    let token = world.query(id(7), false);
+    assert_eq!(world.reply(token), Some(&Reply::InProgress), "a shard may hold a part of it, and does");
+    let other = world.query(id(8), false);
+    assert_eq!(world.reply(other), Some(&Reply::InProgress));
+    world.settle();
+    let token = world.query(id(7), false);
+    assert!(matches!(world.reply(token), Some(Reply::Decided(_))), "{:?}", world.reply(token));
+    let other = world.query(id(8), false);
+    assert_eq!(world.reply(other), Some(&Reply::NotSeen));
+}
+
+#[test]
+fn the_next_leader_tells_of_aborts_too() {
+    let mut world = World::new(2, 2);
+    world.elect();
+    world.deliver_all();
+    let rows = rows_of_two(&world);
+    world.submit(add_batch(7, &rows));
+    // Only the first shard gets its prepare; at the deadline the batch is aborted, and its outcome is lost with the leader.
+    world.down.insert(ShardId(2));
+    world.deliver_all();
+    world.tick(20_000);
+    world.apply_act(0);
+    assert_eq!(world.decisions().len(), 1);
+    world.packets.clear();
+    world.crash(0);
+    world.down.clear();
+    world.elect();
+    assert_eq!(world.leaders[0].leader.in_flight(), 1, "an abort that is not confirmed is handed on");
+    world.settle();
+    world.check_at_rest();
 }

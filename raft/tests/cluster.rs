@@ -470,3 +470,24 @@ async fn a_directory_belongs_to_one_process_and_one_node() {
     let stranger = cluster.try_start(2).await.err().unwrap();
     assert!(matches!(stranger, HostError::Config(_)), "{stranger}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_of_three_commits_nothing_and_confirms_nothing() {
+    let mut cluster = Cluster::start_three(Limits::default()).await;
+    cluster.propose("a=1").await;
+    cluster.converge().await;
+    let leader = cluster.leader().await;
+    let position = cluster.group(leader).status().position;
+    for node in (1..=3).filter(|node| *node != leader) {
+        cluster.stop(node).await;
+    }
+    let group = cluster.group(leader).clone();
+    let moment = Duration::from_secs(2);
+    let read = timeout(moment, group.read_barrier());
+    let proposed = timeout(moment, group.propose(b"b=2".to_vec()));
+    let (read, proposed) = tokio::join!(read, proposed);
+    assert!(!matches!(read, Ok(Ok(_))), "one of three confirms that it leads: {read:?}");
+    assert!(!matches!(proposed, Ok(Ok(_))), "one of three commits: {proposed:?}");
+    assert_eq!(group.status().position, position, "and applies it");
+    cluster.stop_all().await;
+}

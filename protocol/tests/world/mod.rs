@@ -130,6 +130,8 @@ pub struct World {
     submitted_after: BTreeMap<BatchId, Stamp>,
     pub tokens: BTreeMap<Token, BatchId>,
     next_token: u64,
+    /// What had been told when a read began: its position must not lie below.
+    pub read_after: BTreeMap<Token, Stamp>,
     /// All that was ever decided, in order, though the coordinators may have forgotten it.
     pub recorded: Vec<Decision>,
     places: BTreeMap<BatchId, usize>,
@@ -162,6 +164,7 @@ impl World {
             submitted_after: BTreeMap::new(),
             tokens: BTreeMap::new(),
             next_token: 0,
+            read_after: BTreeMap::new(),
             recorded: Vec::new(),
             places: BTreeMap::new(),
         }
@@ -327,12 +330,8 @@ impl World {
         self.next_token += 1;
         let token = Token(self.next_token);
         self.submitted.entry(batch.id).or_insert_with(|| batch.clone());
-        let answered = self.replies.iter().filter_map(|(_, reply)| match reply {
-            Reply::Decided(decision) => decision.result.as_ref().ok().copied(),
-            _ => None,
-        });
-        let answered = answered.max().unwrap_or_default();
-        self.submitted_after.entry(batch.id).or_insert(answered);
+        let told = self.newest_told();
+        self.submitted_after.entry(batch.id).or_insert(told);
         self.tokens.insert(token, batch.id);
         let hash = batch.hash();
         self.step(place, Event::Submit { token, batch, hash });
@@ -348,11 +347,25 @@ impl World {
     }
 
     pub fn read(&mut self, rows: Vec<RowKey>) -> Token {
+        self.read_at(self.leaders.len() - 1, rows)
+    }
+
+    /// A read at any leader, a deposed one too.
+    pub fn read_at(&mut self, place: usize, rows: Vec<RowKey>) -> Token {
         self.next_token += 1;
         let token = Token(self.next_token);
-        let place = self.leaders.len() - 1;
+        self.read_after.insert(token, self.newest_told());
         self.step(place, Event::Read { token, rows });
         token
+    }
+
+    /// The greatest stamp of a commit that anybody was told.
+    fn newest_told(&self) -> Stamp {
+        let told = self.replies.iter().filter_map(|(_, reply)| match reply {
+            Reply::Decided(decision) => decision.result.as_ref().ok().copied(),
+            _ => None,
+        });
+        told.max().unwrap_or_default()
     }
 
     pub fn tick(&mut self, millis: u64) {
