@@ -19,7 +19,10 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream};
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::sleep,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use uuid::Uuid;
 use verdict_client::{Batch, Client, Options, Row, Submitter};
@@ -44,6 +47,8 @@ const TRY_TIMEOUT: Duration = Duration::from_secs(1);
 const RESOLVE_WAIT: Duration = Duration::from_millis(500);
 /// The pause between two questions about one batch.
 const PAUSE: Duration = Duration::from_millis(50);
+/// Questions in flight about what became of batches, at most: more would be a load of their own, just when the cluster is slow.
+const RESOLVING_MAX: usize = 32;
 /// How long a batch may take to its definite end.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// One of so many batches is submitted again under its id while the load runs.
@@ -67,6 +72,7 @@ pub struct Load<'a> {
     /// Trades per second; 0: as fast as the answers come.
     rate: u32,
     window: usize,
+    resolving: Semaphore,
     began: Instant,
     ended: AtomicBool,
     /// The greatest stamp that was answered.
@@ -114,6 +120,7 @@ impl<'a> Load<'a> {
             clients,
             rate,
             window,
+            resolving: Semaphore::new(RESOLVING_MAX),
             began: Instant::now(),
             ended: AtomicBool::new(false),
             answered: AtomicU64::new(0),
@@ -261,6 +268,7 @@ impl<'a> Load<'a> {
     /// Asks for the id until the answer is definite, or there is no trace of it.
     async fn resolve(&self, client: &Client, attempt: &mut Attempt, started: Instant) {
         let id = attempt.id.to_string();
+        let _place = self.resolving.acquire().await.expect("it is never closed");
         while started.elapsed() < PATIENCE {
             let said = Said::of(&client.get_batch(&id, false, RESOLVE_WAIT).await);
             match said {

@@ -98,7 +98,7 @@ pub struct DrillArgs {
     /// Trades per second; 0: as fast as the answers come
     #[arg(long, value_name = "N", default_value_t = 300, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub rate: u32,
-    /// Batches in flight; without it 4096, or 256 if the load is as fast as the answers come
+    /// Batches in flight; without it 1024, or 256 if the load is as fast as the answers come
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub window: Option<u32>,
     /// Clients, each with a stream of its own
@@ -127,7 +127,7 @@ pub struct DrillArgs {
 impl DrillArgs {
     /// With a rate, what is stuck must not hold up the rest.
     fn window(&self) -> usize {
-        self.window.unwrap_or(if self.rate == 0 { 256 } else { 4096 }) as usize
+        self.window.unwrap_or(if self.rate == 0 { 256 } else { 1024 }) as usize
     }
 }
 
