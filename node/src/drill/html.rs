@@ -72,7 +72,7 @@ fn write_tiles(page: &mut String, report: &Report) {
         (grouped(outcomes.aborted_sum()), "aborted"),
         (grouped(outcomes.unknown), "UNKNOWN at first"),
         (format!("{:.0}/s", load.per_second), "committed"),
-        (format!("{:.0} / {:.0} ms", load.p50_ms, load.p99_ms), "latency p50 / p99"),
+        (format!("{:.0} / {:.0}", load.p50_ms, load.p99_ms), "latency p50 / p99, ms"),
         (format!("{pause:.2} s"), "longest time without a commit"),
         (format!("{resolved:.2} s"), "from a majority until all in doubt was resolved"),
     ];
