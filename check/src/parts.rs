@@ -163,6 +163,7 @@ pub struct Parts {
     heard: Interner<Heard>,
     leader_steps: Memo<(u32, u32, Input), Arc<LeaderStep>>,
     shard_steps: Memo<(u32, u32), Arc<ShardStep>>,
+    shard_states: Memo<Replica<Shard>, Result<(), String>>,
     reads: Memo<(u32, u32), Option<u32>>,
     coordinator_steps: Memo<(u32, u32), Arc<CoordinatorStep>>,
     open_steps: Memo<u32, Arc<OpenStep>>,
@@ -183,6 +184,7 @@ impl Parts {
             heard: Interner::default(),
             leader_steps: Memo::default(),
             shard_steps: Memo::default(),
+            shard_states: Memo::default(),
             reads: Memo::default(),
             coordinator_steps: Memo::default(),
             open_steps: Memo::default(),
@@ -277,13 +279,22 @@ impl Parts {
             let alarm = alarms.into_iter().next().map(|alarm| format!("shard {to} raises an alarm: {alarm}"));
             let wrong = alarm
                 .or_else(|| rules::shard_step(before, &after, message, &answer).err())
-                .or_else(|| rules::reopens(&after, *to, self.case.placement()).err());
+                .or_else(|| self.shard_state(&after, *to).err());
             let packets = if answer.is_empty() {
                 Vec::new()
             } else {
                 vec![self.packets.number(Packet::FromShard(*to, answer))]
             };
             Arc::new(ShardStep { shard: self.shards.number(after), packets, wrong })
+        })
+    }
+
+    /// What every state of a shard must be and bear; looked at once for each.
+    fn shard_state(&self, shard: &Replica<Shard>, id: ShardId) -> Result<(), String> {
+        let placement = self.case.placement();
+        self.shard_states.get_or(shard.clone(), || {
+            rules::reopens(shard, id, placement)?;
+            guarded(|| rules::bears_lies(shard, placement)).unwrap_or_else(Err)
         })
     }
 
@@ -328,7 +339,11 @@ impl Parts {
                     return Arc::new(CoordinatorStep { wrong: Some(wrong), ..CoordinatorStep::default() });
                 }
             };
-            let (recorded, wrong) = match rules::recorded(before, &after) {
+            let recorded = rules::recorded(before, &after).and_then(|recorded| {
+                guarded(|| rules::bears_contradiction(&after)).unwrap_or_else(Err)?;
+                Ok(recorded)
+            });
+            let (recorded, wrong) = match recorded {
                 Ok(recorded) => (recorded, None),
                 Err(wrong) => (Vec::new(), Some(wrong)),
             };

@@ -7,12 +7,12 @@ use std::collections::BTreeMap;
 
 use verdict_protocol::{
     batch::{Batch, Operation, OperationKind, Placement, RowKey},
-    coordinator::Coordinator,
-    ids::{BatchId, GroupId, ShardId, Stamp},
+    coordinator::{Act, Coordinator, CoordinatorEntry},
+    ids::{BatchId, GroupId, Number, ShardId, Stamp},
     machine::Machine,
     messages::{
-        AbortReason, Decision, FromShard, HeldPart, RowAt, RowChange, RowValue, ShardQuery, ShardRead,
-        ShardReadAnswer, ToShard, VoteKind,
+        Abort, AbortReason, Decision, FromShard, HeldPart, PartOutcome, RowAt, RowChange, RowValue,
+        ShardQuery, ShardRead, ShardReadAnswer, ToShard, VoteKind,
     },
     plain,
     shard::{Shard, ShardConfig},
@@ -21,7 +21,7 @@ use verdict_protocol::{
 
 use crate::{
     case::{Contents, shard_of},
-    parts::Replica,
+    parts::{Replica, apply_to_coordinator, apply_to_shard},
 };
 
 /// What was seen of a path that leads to a state, as far as the rules need it.
@@ -293,6 +293,50 @@ pub fn reopens(shard: &Replica<Shard>, id: ShardId, placement: Placement) -> Che
     demand(again == shard.machine, || {
         format!("R5: shard {id}, opened again from its store, is not what it was: {again:?}")
     })
+}
+
+/// A message that no leader of this protocol would send must not hurt: a mark above what is held takes nothing away (R3), and an
+/// outcome of something unknown is never confirmed (R2).
+pub fn bears_lies(shard: &Replica<Shard>, placement: Placement) -> Checked {
+    let epoch = shard.machine.epoch(GroupId::COORDINATOR);
+    let lie = ToShard { coordinator: GroupId::COORDINATOR, placement, epoch, ..ToShard::default() };
+    let never = Number { epoch, sequence: u64::MAX - 1 };
+    let mut marked = shard.clone();
+    let is_held = held(shard);
+    apply_to_shard(
+        &mut marked,
+        &ToShard { mark: Number { sequence: never.sequence - 1, ..never }, ..lie.clone() },
+    );
+    demand(held(&marked) == is_held, || "R3: a mark takes away what is held".to_owned())?;
+    let id = is_held.first().map_or(BatchId([7; 16]), |part| part.id);
+    let outcome = PartOutcome { id, number: never, commit: Some(Stamp(u64::MAX - 1)), gives_up: Vec::new() };
+    let mut told = shard.clone();
+    let reply = apply_to_shard(&mut told, &ToShard { outcomes: vec![outcome], ..lie });
+    let lost = reply.messages.iter().flat_map(|(_, answer)| &answer.done).all(|done| done.lost);
+    demand(lost && held(&told) == is_held, || {
+        format!("R2: a commit under {never}, which was never voted on, is said to be done")
+    })
+}
+
+/// Whatever a leader proposes, a decision that stands stands (R1).
+pub fn bears_contradiction(coordinator: &Replica<Coordinator>) -> Checked {
+    let list = |replica: &Replica<Coordinator>| {
+        let listed = replica.machine.list(&replica.store, 0, usize::MAX).expect("memory doesn't fail");
+        listed.0.into_iter().map(|listed| listed.decision).collect::<Vec<_>>()
+    };
+    let stand = list(coordinator);
+    let epoch = coordinator.machine.counts().epoch;
+    let turned = stand.iter().map(|decision| Decision {
+        result: match decision.result {
+            Ok(_) => Err(Abort::because(AbortReason::Interrupted)),
+            Err(_) => Ok(Stamp(1)),
+        },
+        ..decision.clone()
+    });
+    let act = Act { epoch, decisions: turned.collect(), ..Act::default() };
+    let mut after = coordinator.clone();
+    apply_to_coordinator(&mut after, &CoordinatorEntry::Act(act));
+    demand(list(&after) == stand, || "R1: a second decision of an id changes the first".to_owned())
 }
 
 /// What an entry of the coordinators' log recorded. What stood before still stands, or was finished and is forgotten.

@@ -53,11 +53,13 @@ fn step(model: &Model, state: &State, action: Action) -> String {
             let to_leader = matches!(packet, Packet::FromShard(..) | Packet::Answer(..));
             format!("{verb}{} {}", if to_leader { whose(seat) } else { "" }, shown(packet))
         }
+        Action::Record { seat } if parts.case.prompt => format!("apply{}", whose(seat)),
         Action::Record { seat } => format!("apply{} (recorded)", whose(seat)),
         Action::Hear { seat } => format!("apply{} (heard)", whose(seat)),
         Action::Confirm => "confirm".to_owned(),
         Action::Tick { seat } => format!("tick{} {}", whose(seat), crate::case::TICK_MS),
-        Action::Elect => "elect".to_owned(),
+        Action::Elect if parts.case.deposed => "elect".to_owned(),
+        Action::Elect => "crash 0\n> elect".to_owned(),
         Action::Move { shard } => format!("reconnect {}", shard + 1),
         Action::Ask { shard } => format!("ask {}", shard + 1),
     }
