@@ -88,6 +88,9 @@ pub struct Case {
     pub prompt: bool,
     /// Whether decisions are forgotten as soon as they may be.
     pub forgetful: bool,
+    /// Paths on which an epoch gives a number above this are not followed: two batches that each come behind the other one on one
+    /// of two shards may, if messages go on to overtake each other, be tried again and again until their time is up.
+    pub numbers_max: u64,
     /// Of this many states that differ in the living leader alone, one is healed with that leader. (With a new leader all are.)
     pub heal_every: u32,
 }
@@ -115,6 +118,7 @@ impl Case {
         deposed: true,
         prompt: false,
         forgetful: false,
+        numbers_max: u64::MAX,
         heal_every: 1,
     };
 

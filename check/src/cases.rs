@@ -173,9 +173,10 @@ fn full() -> Vec<Case> {
     vec![
         Case {
             name: "full-skew",
-            about: "each of two batches has a condition on what the other one changes",
+            about: "each of two batches has a condition on what the other one changes; up to three new tries",
             before: "add a@1 9; add b@2 9",
             batches: SKEW,
+            numbers_max: 6,
             ..full
         },
         Case {
@@ -184,6 +185,16 @@ fn full() -> Vec<Case> {
             before: "add a@1 10",
             batches: TWO_DEBITS,
             bounds: Bounds { elections: 1, ..NONE },
+            ..full
+        },
+        Case {
+            name: "full-both",
+            about: "two trades, one balance; a change of leaders, the deposed one goes on, the log's answers are late",
+            before: "add a@1 10",
+            batches: TWO_DEBITS,
+            bounds: Bounds { elections: 1, ..NONE },
+            deposed: true,
+            prompt: false,
             ..full
         },
         Case {

@@ -74,7 +74,10 @@ struct Search<'a> {
 /// Explores a case.
 pub fn explore(case: &Case, settings: &Settings) -> Report {
     let began = Instant::now();
-    let (model, first) = Model::new(case);
+    let (model, first) = match Model::new(case) {
+        Ok(model) => model,
+        Err(rule) => return unfounded(case, rule, began.elapsed()),
+    };
     let search = Search {
         case,
         model: &model,
@@ -129,6 +132,21 @@ pub fn explore(case: &Case, settings: &Settings) -> Report {
         took: began.elapsed(),
         complete: complete && violation.is_none(),
         violation,
+    }
+}
+
+/// The cluster did not even come to its first state.
+fn unfounded(case: &Case, rule: String, took: Duration) -> Report {
+    let violation = Some(format!("# broken after 0 steps: {rule}"));
+    Report {
+        name: case.name,
+        states: 0,
+        transitions: 0,
+        depth: 0,
+        healed: 0,
+        took,
+        violation,
+        complete: false,
     }
 }
 

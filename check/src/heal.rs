@@ -51,7 +51,11 @@ pub struct Cluster<'a> {
 
 impl<'a> Cluster<'a> {
     /// A new cluster that has settled what a case has before its beginning.
-    pub fn founded(case: &'a Case, contents: &Contents) -> Cluster<'a> {
+    pub fn founded(case: &'a Case, contents: &Contents) -> Result<Cluster<'a>, String> {
+        guarded(|| Cluster::found(case, contents)).unwrap_or_else(Err)
+    }
+
+    fn found(case: &'a Case, contents: &Contents) -> Result<Cluster<'a>, String> {
         let coordinator = empty::<Coordinator>(&());
         let shards = case.placement().all().map(|shard| empty::<Shard>(&shard_config(case, shard))).collect();
         let mut cluster = Cluster::elected(case, coordinator, shards);
@@ -63,8 +67,11 @@ impl<'a> Cluster<'a> {
         cluster.rest();
         cluster.tick(0);
         cluster.rest();
-        assert!(cluster.is_at_rest() && cluster.alarms.is_empty(), "case {} is settled before", case.name);
-        cluster
+        match cluster.alarms.first() {
+            Some(alarm) => Err(format!("before anything happens: {alarm}")),
+            None if cluster.is_at_rest() => Ok(cluster),
+            None => Err("G8: a cluster without any fault does not come to rest".to_owned()),
+        }
     }
 
     /// A new leader over groups as they are.

@@ -168,7 +168,7 @@ pub struct Model {
 
 impl Model {
     /// The model of a case, and its first state: a leader whom all shards have greeted, and what the case has settled before.
-    pub fn new(case: &Case) -> (Model, State) {
+    pub fn new(case: &Case) -> Result<(Model, State), String> {
         let model = Model {
             parts: Parts::new(case),
             witnesses: Interner::default(),
@@ -177,7 +177,7 @@ impl Model {
             shard_and_coordinator: Memo::default(),
             not_seen: Memo::default(),
         };
-        let cluster = heal::Cluster::founded(case, &model.parts.contents);
+        let cluster = heal::Cluster::founded(case, &model.parts.contents)?;
         let decisions = cluster.decisions();
         let told = decisions.iter().filter_map(|decision| decision.result.clone().ok()).max();
         let mut submitted = vec![None; model.parts.contents.batches.len()];
@@ -192,7 +192,7 @@ impl Model {
             seats: vec![model.parts.seat(leader)],
             packets: Vec::new(),
         };
-        (model, state)
+        Ok((model, state))
     }
 
     fn case(&self) -> &Case {
@@ -377,7 +377,7 @@ impl Model {
         let hears = values.leader.is_some() && self.case().prompt;
         next.seats[place] = self.parts.seats.number(values);
         if hears {
-            self.hear(next, seat)?;
+            return self.hear(next, seat);
         }
         Ok(true)
     }
@@ -429,7 +429,7 @@ impl Model {
         let Some(leader) = self.parts.seats.get(next.seats[place]).leader else { return Ok(false) };
         let step = self.parts.step_leader(leader, next.coordinator, input);
         self.perform(next, place, &step)?;
-        Ok(true)
+        Ok(step.highest <= self.case().numbers_max)
     }
 
     fn perform(&self, next: &mut State, place: usize, step: &LeaderStep) -> Result<(), String> {

@@ -95,6 +95,8 @@ pub struct LeaderStep {
     pub replies: Vec<(Token, Reply)>,
     /// It wants its leadership confirmed.
     pub confirm: Option<u64>,
+    /// The highest number that it gives, within its epoch.
+    pub highest: u64,
     /// What must not be.
     pub wrong: Option<String>,
 }
@@ -212,6 +214,8 @@ impl Parts {
 
     fn leader_step(&self, after: Leader, effects: Effects) -> LeaderStep {
         let Effects { act, to_shards, reads, replies, confirm, step_down, alarms } = effects;
+        let prepares = to_shards.values().flat_map(|message| &message.prepares);
+        let highest = prepares.map(|prepare| prepare.number.sequence).max().unwrap_or_default();
         let sent = to_shards.into_iter().map(|(shard, message)| Packet::ToShard(shard, message));
         let asked = reads.into_iter().map(|(shard, request, read)| Packet::Read(shard, request, read));
         LeaderStep {
@@ -220,6 +224,7 @@ impl Parts {
             packets: sent.chain(asked).map(|packet| self.packets.number(packet)).collect(),
             replies,
             confirm,
+            highest,
             wrong: alarms.into_iter().next().map(|alarm| format!("a leader raises an alarm: {alarm}")),
         }
     }
