@@ -16,8 +16,9 @@ pub fn all() -> Vec<Case> {
 
 /// A trade on two shards.
 const TRADE: &[(char, &str)] = &[('A', "add a@1 -10; add b@2 10")];
-/// Two trades, of whose debits only one fits.
-const TWO_DEBITS: &[(char, &str)] = &[('A', "add a@1 -7; add b@2 7"), ('B', "add a@1 -7; add c@2 7")];
+/// Two trades, of whose debits only the one that may overdraw surely fits.
+const TWO_DEBITS: &[(char, &str)] =
+    &[('A', "add a@1 -7 floor -9; add b@2 7"), ('B', "add a@1 -7; add c@2 7")];
 /// One brings in what the other one wants to spend, on both shards.
 const SPENDING: &[(char, &str)] = &[('A', "add a@1 5; add b@2 -5"), ('B', "add a@1 -12; add b@2 12")];
 /// Two settle the same trade, in different orders of the shards.
@@ -177,6 +178,7 @@ fn full() -> Vec<Case> {
             before: "add a@1 9; add b@2 9",
             batches: SKEW,
             numbers_max: 6,
+            heal_every: 16,
             ..full
         },
         Case {
@@ -189,12 +191,12 @@ fn full() -> Vec<Case> {
         },
         Case {
             name: "full-both",
-            about: "two trades, one balance; a change of leaders, the deposed one goes on, the log's answers are late",
+            about: "two trades, one balance that bears one of them; a change of leaders, the deposed one goes on",
             before: "add a@1 10",
             batches: TWO_DEBITS,
             bounds: Bounds { elections: 1, ..NONE },
             deposed: true,
-            prompt: false,
+            heal_every: 16,
             ..full
         },
         Case {
@@ -240,6 +242,7 @@ fn full() -> Vec<Case> {
             shards: 3,
             before: "add a@1 10",
             batches: &[('A', "add a@1 -7; add b@2 3; add c@3 4"), ('B', "add a@1 -7; add c@3 7")],
+            heal_every: 16,
             ..full
         },
         Case {
@@ -251,6 +254,7 @@ fn full() -> Vec<Case> {
                 ('B', "add a@1 5; add c@2 -5 floor -5"),
                 ('C', "atleast a@1 2; put t@2/r C"),
             ],
+            heal_every: 16,
             ..full
         },
     ]
