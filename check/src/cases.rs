@@ -146,6 +146,17 @@ fn small() -> Vec<Case> {
             ..Case::PLAIN
         },
         Case {
+            name: "read-deposed",
+            about: "a read on one shard, perhaps of a deposed leader, beside a batch",
+            shards: 1,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7")],
+            read: "a@1",
+            bounds: Bounds { reads: 1, elections: 1, ..NONE },
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
             name: "moves",
             about: "one trade; shards that are led elsewhere, and ask by themselves; a change of leaders",
             before: "add a@1 10",
@@ -164,6 +175,7 @@ fn small() -> Vec<Case> {
             deposed: false,
             prompt: true,
             forgetful: true,
+            heal_every: 8,
             ..Case::PLAIN
         },
     ]
