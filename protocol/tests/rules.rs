@@ -404,3 +404,30 @@ fn the_next_leader_tells_of_aborts_too() {
     world.settle();
     world.check_at_rest();
 }
+
+#[test]
+fn what_an_older_epoch_records_is_refused() {
+    let mut world = World::new(1, 2);
+    let placement = Placement { shards: 1 };
+    let open = CoordinatorEntry::Open { node: NodeId(1), placement, keep: Keep::default() };
+    world.coordinator.commit(encode(&open));
+    world.coordinator.commit(encode(&open));
+    let decision = Decision {
+        id: id(7),
+        hash: Some(ContentHash([7; 32])),
+        shards: vec![ShardId(1)],
+        number: number(1, 1),
+        result: Ok(Stamp(1)),
+    };
+    let act = Act {
+        epoch: Epoch(1),
+        decisions: vec![decision],
+        horizon: Some(START),
+        ceiling: Some(Stamp(1 << 40)),
+        ..Act::default()
+    };
+    let reply = world.coordinator.commit(encode(&CoordinatorEntry::Act(act)));
+    assert_eq!(reply, CoordinatorReply::OldEpoch { newer: Epoch(2) }, "R6");
+    assert!(world.decisions().is_empty(), "R6: an older epoch has decided");
+    assert_eq!(world.coordinator.leading().machine.counts().horizon, Millis(0));
+}
