@@ -6,9 +6,11 @@ use verdict_protocol::{
     batch::{Batch, Operation, OperationKind, Placement, RowKey},
     coordinator::{Act, CoordinatorEntry, CoordinatorReply, Keep},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
-    leader::Reply,
+    leader::{Event, Reply},
     machine::encode,
-    messages::{Abort, AbortReason, Decision, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind},
+    messages::{
+        Abort, AbortReason, Decision, Done, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind,
+    },
     roster::{self, NodeChange, NodeRefusal, NodeWish},
 };
 use world::{START, World};
@@ -430,4 +432,32 @@ fn what_an_older_epoch_records_is_refused() {
     assert_eq!(reply, CoordinatorReply::OldEpoch { newer: Epoch(2) }, "R6");
     assert!(world.decisions().is_empty(), "R6: an older epoch has decided");
     assert_eq!(world.coordinator.leading().machine.counts().horizon, Millis(0));
+}
+
+#[test]
+fn a_confirmation_counts_for_its_own_shard_and_number_only() {
+    let mut world = World::new(2, 2);
+    world.elect();
+    world.deliver_all();
+    let rows = rows_of_two(&world);
+    world.submit(add_batch(7, &rows));
+    world.deliver_all_but_outcomes();
+    assert_eq!((world.decisions().len(), world.leaders[0].leader.in_flight()), (1, 1));
+    let decided = world.decisions()[0].number;
+    let mut done = |shard: u32, letter: u8, number: Number, lost: bool| {
+        let done = vec![Done { id: id(letter), number, lost }];
+        let message = FromShard { done, ..FromShard::default() };
+        world.step(0, Event::FromShard { shard: ShardId(shard), message });
+        world.leaders[0].leader.in_flight()
+    };
+    let other = Number { sequence: decided.sequence + 1, ..decided };
+    for shard in [1, 2] {
+        assert_eq!(done(shard, 7, other, false), 1, "R4: another number");
+        assert_eq!(done(shard, 8, decided, false), 1, "R2: another batch");
+        assert_eq!(done(shard, 7, decided, true), 1, "R2: lost is not done");
+    }
+    for _ in 0..2 {
+        assert_eq!(done(1, 7, decided, false), 1, "R2: the other participant has not said so");
+    }
+    assert_eq!(done(2, 7, decided, false), 0);
 }
