@@ -144,6 +144,16 @@ impl<M: Machine> Replica<M> {
         outcome
     }
 
+    /// Makes a snapshot of all that is applied, if there is none.
+    pub(crate) fn ensure_snapshot(&self) -> io::Result<()> {
+        let newest = self.snapshots.current().and_then(|(meta, _)| meta.last_log_id);
+        if newest < *self.applied.borrow() {
+            let (disk, generation) = self.disk()?;
+            self.snapshots.build(&disk, generation, || {})?;
+        }
+        Ok(())
+    }
+
     fn install(&self, file: &SnapshotFile) -> io::Result<()> {
         let (disk, before) = self.disk()?;
         let generation = before.checked_add(1).expect("four billion snapshots are never installed");
