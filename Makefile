@@ -10,7 +10,7 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories
+.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim-stack
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -54,6 +54,9 @@ fix: ## Rewrites what can be mended by machine: format and lints
 histories: setup ## What clients see while nodes are killed and paused, checked for strict serializability (SECONDS=300)
 	$(WITH_ROCKSDB) cargo build --locked -p verdict
 	VERDICT_HISTORY_SECONDS=$(or $(SECONDS),300) $(WITH_ROCKSDB) cargo test --locked -p verdict-tests --test histories -- --nocapture
+
+sim-stack: setup ## The real stack in a simulated world: SEEDS=100 of them, or SEED=17 alone with its trace
+	$(WITH_ROCKSDB) cargo run --locked -p verdict-simnet -- $(if $(SEED),seed $(SEED),seeds --count $(or $(SEEDS),100)) $(ARGS)
 
 deny: ## Licences, sources and advisories of all dependencies; installs cargo-deny first (minutes)
 	@cargo deny --version > /dev/null 2>&1 || cargo install --locked cargo-deny

@@ -5,7 +5,7 @@
 //! funds, counters that are raised only from the value that was seen, and records that change only while one on another shard is as it
 //! was seen. Readers read all of it at one position, again and again. [`Bank::check`] then asks for the end of everything.
 //!
-//! It works on any cluster of [`Cluster`], whatever is done to its processes meanwhile.
+//! It works on any cluster that it can reach ([`Nodes`]), whatever is done to it meanwhile.
 
 use std::{
     collections::BTreeMap,
@@ -85,6 +85,25 @@ impl Default for Pace {
     fn default() -> Pace {
         let (rest, reader_rest) = (Duration::from_millis(5), Duration::from_millis(25));
         Pace { workers: 16, rest, readers: 2, reader_rest }
+    }
+}
+
+/// A cluster, as a load needs it.
+pub trait Nodes {
+    /// How many shards there are.
+    fn shards(&self) -> u32;
+
+    /// A way to each node.
+    fn settlements(&self) -> Vec<SettlementClient<Channel>>;
+}
+
+impl Nodes for Cluster {
+    fn shards(&self) -> u32 {
+        Cluster::shards(self)
+    }
+
+    fn settlements(&self) -> Vec<SettlementClient<Channel>> {
+        Cluster::settlements(self)
     }
 }
 
@@ -171,7 +190,7 @@ fn held(value: &v1::RowValue) -> Held {
 
 impl Bank {
     /// Makes the rows and funds them. Several banks on one cluster need different tags.
-    pub async fn open(cluster: &Cluster, tag: &str, shape: Shape) -> Arc<Bank> {
+    pub async fn open(cluster: &impl Nodes, tag: &str, shape: Shape) -> Arc<Bank> {
         let shards = cluster.shards();
         let on_each = |kind: &str, count: usize, name: &str| -> Vec<RowKey> {
             let names = (1..=shards).flat_map(|shard| (0..count).map(move |number| (shard, number)));
@@ -202,12 +221,12 @@ impl Bank {
         Arc::new(bank)
     }
 
-    async fn fund(&self, cluster: &Cluster, ballast: Vec<RowKey>) {
+    async fn fund(&self, cluster: &impl Nodes, ballast: Vec<RowKey>) {
         let funds = self.rich.iter().map(|row| Step::Add(row.clone(), RICH));
         let funds = funds.chain(self.poor.iter().map(|row| Step::Add(row.clone(), POOR)));
         let steps: Vec<Step> =
             funds.chain(self.counters.iter().map(|row| Step::Put(row.clone(), "0".to_owned()))).collect();
-        let client = cluster.settlement(1);
+        let client = cluster.settlements().swap_remove(0);
         let sent = batch(steps.iter().map(operation).collect());
         let began = Instant::now();
         let answer = settle(&client, &sent).await;
@@ -222,7 +241,7 @@ impl Bank {
     }
 
     /// Starts workers and readers.
-    pub fn load(self: &Arc<Bank>, cluster: &Cluster, pace: Pace, random: &mut Random) -> BankLoad {
+    pub fn load(self: &Arc<Bank>, cluster: &impl Nodes, pace: Pace, random: &mut Random) -> BankLoad {
         let end = Arc::new(AtomicBool::new(false));
         let worker = |_| {
             let (bank, end, random) = (self.clone(), end.clone(), random.split());
@@ -284,9 +303,7 @@ impl Bank {
         let nodes = clients.len() as u64;
         while !end.load(Ordering::Relaxed) {
             let steps = self.choose(&mut random);
-            let sent = batch(steps.iter().map(operation).collect());
-            let began = Instant::now();
-            lock(&self.notes).sent.insert(sent.id.clone(), Sent { began, steps, answer: None });
+            let sent = self.noted(steps);
             while !end.load(Ordering::Relaxed) {
                 let client = &mut clients[random.below(nodes) as usize];
                 match tokio::time::timeout(TRY_WITHIN, submit(client, &sent)).await {
@@ -307,7 +324,16 @@ impl Bank {
         }
     }
 
-    fn choose(&self, random: &mut Random) -> Vec<Step> {
+    /// Notes a batch that is about to be sent.
+    pub fn noted(&self, steps: Vec<Step>) -> v1::Batch {
+        let sent = batch(steps.iter().map(operation).collect());
+        let began = Instant::now();
+        lock(&self.notes).sent.insert(sent.id.clone(), Sent { began, steps, answer: None });
+        sent
+    }
+
+    /// Chooses what to settle next.
+    pub fn choose(&self, random: &mut Random) -> Vec<Step> {
         match random.below(100) {
             0..40 => self.transfer(&self.rich, 100, random),
             40..60 => self.trade(random),
@@ -361,7 +387,8 @@ impl Bank {
         ]
     }
 
-    fn answered(&self, id: &str, outcome: outcome::Result) {
+    /// Notes the first definite answer about a batch.
+    pub fn answered(&self, id: &str, outcome: outcome::Result) {
         let at = Instant::now();
         let mut notes = lock(&self.notes);
         let sent = notes.sent.get_mut(id).expect("it was noted before it was sent");
@@ -430,10 +457,10 @@ impl Bank {
     }
 
     /// Asks for the end of everything, and judges. The load must have ended, and the cluster must be able to answer.
-    pub async fn check(&self, cluster: &Cluster) -> Findings {
+    pub async fn check(&self, cluster: &impl Nodes) -> Findings {
         let notes = lock(&self.notes).clone();
         let outcomes = final_outcomes(&cluster.settlements(), notes.sent.keys().cloned()).await;
-        let last = self.final_rows(&cluster.settlement(1), &notes).await;
+        let last = self.final_rows(&cluster.settlements()[0], &notes).await;
         let mut findings = Findings {
             sent: notes.sent.len(),
             readings: notes.readings.len(),

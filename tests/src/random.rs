@@ -19,6 +19,11 @@ impl Random {
         Random(seed)
     }
 
+    /// From a seed of the caller's.
+    pub fn of(seed: u64) -> Random {
+        Random(seed)
+    }
+
     /// Another source, independent of this one.
     pub fn split(&mut self) -> Random {
         Random(self.number())
