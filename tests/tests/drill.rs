@@ -47,7 +47,9 @@ fn a_drill_kills_the_coordinators_leader_and_reports_in_json_and_html() {
     }
     assert_eq!(promises.len(), 10);
     let steps = report["series"]["committed"].as_array().expect("a series");
-    assert!(steps.iter().any(|count| count.as_u64() == Some(0)), "the kill leaves no gap in the curve");
+    let shown: u64 = steps.iter().filter_map(Json::as_u64).sum();
+    // Some end after the load.
+    assert!(shown <= committed && shown > committed / 2, "{shown} of {committed} in the curve");
 
     let page = fs::read_to_string(&html).expect("an HTML report");
     assert_eq!((page.matches("<svg").count(), page.matches("<details").count()), (3, 10));
