@@ -7,10 +7,12 @@ use tonic::{Request, Response, Status, transport::Channel};
 use verdict_proto::{
     connect::{Connect, Tcp},
     v1::{
-        Batch, GetBatchRequest, HistoryRequest, HistoryResponse, ListDecisionsRequest, ListDecisionsResponse,
-        ListInDoubtRequest, ListInDoubtResponse, ReadRequest, ReadResponse, Row, StatusRequest,
-        StatusResponse, SubmitRequest, TransferLeaderRequest, TransferLeaderResponse, TriggerSnapshotRequest,
-        TriggerSnapshotResponse, admin_client::AdminClient, settlement_client::SettlementClient,
+        Batch, ChangeNodeRequest, ChangeNodeResponse, ChangeReplicaRequest, ChangeReplicaResponse,
+        GetBatchRequest, HistoryRequest, HistoryResponse, ListDecisionsRequest, ListDecisionsResponse,
+        ListInDoubtRequest, ListInDoubtResponse, MembersRequest, MembersResponse, ReadRequest, ReadResponse,
+        Row, StatusRequest, StatusResponse, SubmitRequest, TransferLeaderRequest, TransferLeaderResponse,
+        TriggerSnapshotRequest, TriggerSnapshotResponse, admin_client::AdminClient,
+        settlement_client::SettlementClient,
     },
 };
 
@@ -24,6 +26,9 @@ use crate::{
 
 /// The largest answer that is taken, in bytes: 1,000 rows of the largest records fit many times over.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// How long a step of a change of members may take at the server.
+const MEMBERS_WAIT: Duration = Duration::from_secs(10);
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
@@ -190,6 +195,46 @@ impl Client {
         let request = TransferLeaderRequest { group_id, to_node };
         self.ask(Duration::ZERO, request, |channel, request| async move {
             admin(channel).transfer_leader(request).await
+        })
+        .await
+    }
+
+    /// What is known of the members of the cluster.
+    pub async fn members(&self) -> Result<MembersResponse, ClientError> {
+        let request = MembersRequest::default();
+        self.ask(
+            Duration::ZERO,
+            request,
+            |channel, request| async move { admin(channel).members(request).await },
+        )
+        .await
+    }
+
+    /// Lets a node in, or notes that one is removed for good. What is so already is done.
+    pub async fn change_node(
+        &self,
+        node_id: u64,
+        address: &str,
+        remove: bool,
+    ) -> Result<ChangeNodeResponse, ClientError> {
+        let request = ChangeNodeRequest { node_id, address: address.to_owned(), remove };
+        self.ask(MEMBERS_WAIT, request, |channel, request| async move {
+            admin(channel).change_node(request).await
+        })
+        .await
+    }
+
+    /// Makes the next step so that `add` votes in a group and `remove` is no member of it.
+    pub async fn change_replica(
+        &self,
+        group_id: u32,
+        add: Option<u64>,
+        remove: Option<u64>,
+    ) -> Result<ChangeReplicaResponse, ClientError> {
+        let (add_node, remove_node) = (add.unwrap_or_default(), remove.unwrap_or_default());
+        let request = ChangeReplicaRequest { group_id, add_node, remove_node };
+        self.ask(MEMBERS_WAIT, request, |channel, request| async move {
+            admin(channel).change_replica(request).await
         })
         .await
     }

@@ -22,11 +22,12 @@ use verdict_protocol::{
     coordinator::{Coordinator, CoordinatorCounts},
     ids::{GroupId, NodeId, ShardId},
 };
-use verdict_raft::{AdminError, Group, GroupStatus, Role};
+use verdict_raft::{AdminError, Group, GroupStatus, Members, Progress, Role};
 
 use crate::{
     failure::{CallFailure, is_answer},
     gateway::{Gateway, LIST_DEFAULT, Origin, forwarded, limit_of},
+    spread::Spread,
 };
 
 /// How long one node may take to answer a question about the cluster.
@@ -35,6 +36,8 @@ const NODE_TIMEOUT: Duration = Duration::from_secs(1);
 const LIST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long handing over a leadership may take.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a step of a change of members may take.
+pub(crate) const MEMBERS_TIMEOUT: Duration = Duration::from_secs(15);
 /// Parts in doubt of one shard that are listed by default.
 const IN_DOUBT_DEFAULT: u32 = 1000;
 
@@ -49,6 +52,20 @@ pub trait LocalStatus: Send + Sync + 'static {
 
     /// Hands the leadership of a shard over, to `to` or to any other voter. Gives the node that was asked to take over.
     async fn transfer_leader(&self, group: GroupId, to: Option<NodeId>) -> Result<NodeId, AdminError>;
+
+    /// The shards with a replica on this node.
+    fn hosted(&self) -> Vec<GroupId>;
+
+    /// Who belongs to these shards, as far as it is known here.
+    fn members(&self) -> Vec<Members>;
+
+    /// Makes the next step so that `add` votes in a shard and `remove` is no member of it.
+    async fn change_members(
+        &self,
+        group: GroupId,
+        add: Option<(NodeId, String)>,
+        remove: Option<NodeId>,
+    ) -> Result<Progress, AdminError>;
 
     /// Makes a snapshot of a shard's replica on this node. Gives the index that it covers.
     async fn trigger_snapshot(&self, group: GroupId) -> Result<u64, AdminError>;
@@ -72,6 +89,23 @@ impl LocalStatus for NoShards {
         Err(AdminError::Refused(format!("there is no replica of group {group} here")))
     }
 
+    fn hosted(&self) -> Vec<GroupId> {
+        Vec::new()
+    }
+
+    fn members(&self) -> Vec<Members> {
+        Vec::new()
+    }
+
+    async fn change_members(
+        &self,
+        group: GroupId,
+        _: Option<(NodeId, String)>,
+        _: Option<NodeId>,
+    ) -> Result<Progress, AdminError> {
+        Err(AdminError::Refused(format!("there is no replica of group {group} here")))
+    }
+
     async fn trigger_snapshot(&self, group: GroupId) -> Result<u64, AdminError> {
         Err(AdminError::Refused(format!("there is no replica of group {group} here")))
     }
@@ -83,6 +117,11 @@ pub struct AdminService {
     pub(crate) gateway: Arc<Gateway>,
     pub(crate) local: Arc<dyn LocalStatus>,
     pub(crate) version: String,
+    pub(crate) spread: Arc<Spread>,
+    /// The nodes of the configuration.
+    pub(crate) founders: Vec<(NodeId, String)>,
+    /// Whether this node joins a cluster that others have founded.
+    pub(crate) joins: bool,
 }
 
 #[tonic::async_trait]
@@ -146,19 +185,12 @@ impl Admin for AdminService {
             let problem = format!("there is no node {} in the configuration", request.to_node);
             return Err(CallFailure::invalid("to_node", problem).status());
         }
-        let leads_here = |status: &v1::GroupStatus| status.role() == v1::ReplicaRole::Leader;
-        let here = self.local_status().groups.iter().any(|one| one.group_id == group.0 && leads_here(one));
-        if here || origin.forwarded {
+        if self.leads_here(group) || origin.forwarded {
             let to = (request.to_node != 0).then_some(NodeId(request.to_node));
             let to_node = self.transfer_here(group, to).await.map_err(|error| admin_status(&error))?;
             return Ok(Response::new(v1::TransferLeaderResponse { to_node: to_node.0 }));
         }
-        let nodes = self.nodes_status().await;
-        let leader = leader_of(&nodes, group).and_then(|node| self.gateway.leaders.channel(node));
-        let Some(channel) = leader else {
-            let message = format!("no leader of group {group} can be reached");
-            return Err(CallFailure::unavailable(message, None).status());
-        };
+        let channel = self.leader_channel(group).await?;
         self.client(channel).transfer_leader(forwarded(request, TRANSFER_TIMEOUT)).await
     }
 
@@ -179,6 +211,57 @@ impl Admin for AdminService {
         let index = made.map_err(|error| admin_status(&error))?;
         Ok(Response::new(v1::TriggerSnapshotResponse { index }))
     }
+
+    async fn members(
+        &self,
+        request: Request<v1::MembersRequest>,
+    ) -> Result<Response<v1::MembersResponse>, Status> {
+        let request = request.into_inner();
+        if request.cluster.is_empty() {
+            // A person or a tool asks, and wants to know what is so now.
+            self.spread.ask_all().await;
+        } else if request.cluster != self.spread.cluster {
+            let message = format!("this node belongs to cluster {:?}", self.spread.cluster);
+            return Err(CallFailure::other(Code::PermissionDenied, "OTHER_CLUSTER", message).status());
+        } else {
+            self.spread.take(request.view.unwrap_or_default());
+            self.spread.refresh();
+        }
+        Ok(Response::new(self.spread.answer(self.joins)))
+    }
+
+    async fn change_node(
+        &self,
+        request: Request<v1::ChangeNodeRequest>,
+    ) -> Result<Response<v1::ChangeNodeResponse>, Status> {
+        let origin = Origin::of(request.metadata());
+        let request = request.into_inner();
+        let local = || self.change_node_here(&request);
+        let remote = |channel| {
+            let (mut client, request) = (self.client(channel), request.clone());
+            async move { client.change_node(forwarded(request, MEMBERS_TIMEOUT)).await }
+        };
+        let deadline = Instant::now() + MEMBERS_TIMEOUT;
+        let response = self.gateway.at_leader_by(deadline, origin, local, remote).await?;
+        if !origin.forwarded {
+            self.spread.ask_all().await;
+        }
+        Ok(Response::new(response))
+    }
+
+    async fn change_replica(
+        &self,
+        request: Request<v1::ChangeReplicaRequest>,
+    ) -> Result<Response<v1::ChangeReplicaResponse>, Status> {
+        let origin = Origin::of(request.metadata());
+        let request = request.into_inner();
+        let group = self.group_of(request.group_id)?;
+        if self.leads_here(group) || origin.forwarded {
+            return self.change_replica_here(group, request).await.map(Response::new);
+        }
+        let channel = self.leader_channel(group).await?;
+        self.client(channel).change_replica(forwarded(request, MEMBERS_TIMEOUT)).await
+    }
 }
 
 impl AdminService {
@@ -188,19 +271,35 @@ impl AdminService {
         AdminServer::new(self).max_encoding_message_size(most)
     }
 
-    fn client(&self, channel: Channel) -> AdminClient<Channel> {
+    pub(crate) fn client(&self, channel: Channel) -> AdminClient<Channel> {
         AdminClient::new(channel).max_decoding_message_size(self.gateway.config.message_bytes_max)
     }
 
     /// All nodes but this one.
     fn others(&self) -> impl Iterator<Item = (NodeId, Channel)> {
         let leaders = &self.gateway.leaders;
-        let others = leaders.nodes().keys().filter(|node| **node != self.gateway.config.node);
-        others.filter_map(|node| Some((*node, leaders.channel(*node)?)))
+        let others = leaders.nodes().into_keys().filter(|node| *node != self.gateway.config.node);
+        others.filter_map(|node| Some((node, leaders.channel(node)?)))
     }
 
     fn address(&self, node: NodeId) -> String {
-        self.gateway.leaders.nodes().get(&node).cloned().unwrap_or_default()
+        self.spread.directory.address(node).unwrap_or_default()
+    }
+
+    /// Whether the replica on this node leads a group, as far as it knows.
+    fn leads_here(&self, group: GroupId) -> bool {
+        let leads = |status: &v1::GroupStatus| status.role() == v1::ReplicaRole::Leader;
+        self.local_status().groups.iter().any(|status| status.group_id == group.0 && leads(status))
+    }
+
+    /// The way to the node that leads a group.
+    async fn leader_channel(&self, group: GroupId) -> Result<Channel, Status> {
+        let nodes = self.nodes_status().await;
+        let leader = leader_of(&nodes, group).and_then(|node| self.gateway.leaders.channel(node));
+        leader.ok_or_else(|| {
+            let message = format!("no leader of group {group} can be reached");
+            CallFailure::unavailable(message, None).status()
+        })
     }
 
     fn group_of(&self, group: u32) -> Result<GroupId, Status> {
@@ -227,7 +326,7 @@ impl AdminService {
     }
 
     /// All nodes, in order of their ids.
-    async fn nodes_status(&self) -> Vec<v1::NodeStatus> {
+    pub(crate) async fn nodes_status(&self) -> Vec<v1::NodeStatus> {
         let others = self.others().map(|(node, channel)| {
             let mut client = self.client(channel);
             let question = v1::StatusRequest { local_only: true };
@@ -271,7 +370,7 @@ impl AdminService {
 }
 
 /// An answer of one node within its time.
-async fn within<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, String> {
+pub(crate) async fn within<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, String> {
     match tokio::time::timeout(NODE_TIMEOUT, call).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(status.message().to_owned()),
@@ -280,7 +379,7 @@ async fn within<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> R
 }
 
 /// The node that leads a group: of those that say so, the one in the highest term.
-fn leader_of(nodes: &[v1::NodeStatus], group: GroupId) -> Option<NodeId> {
+pub(crate) fn leader_of(nodes: &[v1::NodeStatus], group: GroupId) -> Option<NodeId> {
     let replicas = nodes.iter().flat_map(|node| node.groups.iter().map(move |status| (node.node_id, status)));
     replicas
         .filter(|(_, status)| status.group_id == group.0 && status.role() == v1::ReplicaRole::Leader)
@@ -359,7 +458,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// An operator's request that failed.
-fn admin_status(error: &AdminError) -> Status {
+pub(crate) fn admin_status(error: &AdminError) -> Status {
     let message = error.to_string();
     let (code, reason) = match error {
         AdminError::NotLeader { .. } => (Code::Unavailable, "NOT_GROUP_LEADER"),

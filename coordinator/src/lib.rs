@@ -19,14 +19,17 @@
 mod admin;
 mod caller;
 mod clock;
+mod directory;
 mod driver;
 mod failure;
 mod gateway;
 mod leaders;
+mod membership;
 mod node;
 mod router;
 mod routes;
 mod settlement;
+mod spread;
 mod submitter;
 
 pub use admin::{AdminService, LocalStatus, NoShards, group_status_to_wire};

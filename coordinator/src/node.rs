@@ -1,6 +1,10 @@
 //! The coordinator's side of one node, put together.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     sync::{Mutex, mpsc, watch},
@@ -14,18 +18,20 @@ use verdict_proto::{
 use verdict_protocol::{
     batch::{BatchLimits, Placement},
     coordinator::Coordinator,
-    ids::{GroupId, NodeId},
+    ids::{GroupId, NodeId, ShardId},
     leader::LeaderConfig,
 };
 use verdict_raft::{Group, Host, HostError};
 
 use crate::{
     admin::{AdminService, LocalStatus},
+    directory::{Directory, Replicas, View},
     driver::{Driver, DriverConfig},
     gateway::{Gateway, GatewayConfig, Local, Origin},
     leaders::Leaders,
     router::Router,
     settlement::SettlementService,
+    spread::Spread,
     submitter::{Submitter, SubmitterLimits},
 };
 
@@ -41,6 +47,10 @@ pub struct CoordinatorConfig {
     pub nodes: BTreeMap<NodeId, String>,
     /// Where partitions live. The same on all nodes, for ever.
     pub placement: Placement,
+    /// The founders of each shard. A shard that isn't listed has a replica on every node.
+    pub shard_voters: BTreeMap<ShardId, BTreeSet<NodeId>>,
+    /// This node joins a cluster that others have founded: it founds nothing, and waits until it is added.
+    pub joins: bool,
     /// Settings of the leader.
     pub leader: LeaderConfig,
     /// Limits on a batch.
@@ -68,6 +78,8 @@ impl CoordinatorConfig {
             node,
             nodes,
             placement,
+            shard_voters: BTreeMap::new(),
+            joins: false,
             leader: LeaderConfig::new(placement),
             limits: BatchLimits::default(),
             tick_ms: 20,
@@ -145,21 +157,34 @@ impl CoordinatorNode {
         local: Arc<dyn LocalStatus>,
     ) -> Result<CoordinatorNode, CoordinatorError> {
         config.check(voters)?;
+        let view = first_view(&config, voters);
+        let directory = Directory::new(config.node, view, connect).map_err(CoordinatorError::Config)?;
+        let directory = Arc::new(directory);
+        let founders = if config.joins { BTreeMap::new() } else { voters.clone() };
         let group: Option<Group<Coordinator>> = match voters.contains_key(&config.node) {
-            true => Some(host.start_group(GroupId::COORDINATOR, (), voters).await?),
+            true => Some(host.start_group(GroupId::COORDINATOR, (), &founders).await?),
             false => None,
         };
         let leadership = group.as_ref().map(Group::leadership);
-        let voters = voters.keys().copied().collect();
-        let leaders = Leaders::new(config.node, config.nodes.clone(), voters, leadership, &connect)
-            .map_err(CoordinatorError::Config)?;
-        let leaders = Arc::new(leaders);
+        let leaders = Arc::new(Leaders::new(config.node, directory.clone(), leadership));
         let (shutdown, stop) = watch::channel(false);
         let (fatal, fatal_receiver) = watch::channel(None);
         let fatal = Arc::new(fatal);
         let mut running = Vec::new();
+        let spread = Arc::new(Spread {
+            node: config.node,
+            cluster: host.cluster().to_owned(),
+            directory: directory.clone(),
+            coordinator: group.clone(),
+            shards: local.clone(),
+            removed: host.removed(),
+            fatal: fatal.clone(),
+        });
+        spread.refresh();
+        let task = tokio::spawn(spread.clone().run(stop.clone()));
+        running.push(tokio::spawn(watch_over("the spread of the members", task, fatal.clone())));
         let local_group = group.map(|group| {
-            let (driver, task) = start_driver(&config, group.clone(), connect, stop.clone());
+            let (driver, task) = start_driver(&config, group.clone(), directory.clone(), stop.clone());
             running.push(tokio::spawn(watch_over("the driver", task, fatal.clone())));
             Local { group, driver }
         });
@@ -182,7 +207,14 @@ impl CoordinatorNode {
         let gateway = Arc::new(gateway);
         Ok(CoordinatorNode {
             settlement: SettlementService { gateway: gateway.clone(), window: config.stream_window },
-            admin: AdminService { gateway: gateway.clone(), local, version: config.version },
+            admin: AdminService {
+                gateway: gateway.clone(),
+                local,
+                version: config.version,
+                spread,
+                founders: config.nodes.into_iter().collect(),
+                joins: config.joins,
+            },
             gateway,
             tasks: Arc::new(Tasks { shutdown, running: Mutex::new(running) }),
             fatal: fatal_receiver,
@@ -257,6 +289,15 @@ async fn watch_over(name: &'static str, task: JoinHandle<()>, fatal: Arc<watch::
     }
 }
 
+/// What is known of the members before anybody has told more.
+fn first_view(config: &CoordinatorConfig, voters: &BTreeMap<NodeId, String>) -> View {
+    let replicas = |voters| Replicas { voters, ..Replicas::default() };
+    let shards = config.shard_voters.iter().map(|(shard, voters)| (shard.group(), replicas(voters.clone())));
+    let coordinators = (GroupId::COORDINATOR, replicas(voters.keys().copied().collect()));
+    let groups = shards.chain([coordinators]).collect();
+    View { nodes: config.nodes.clone(), groups, ..View::default() }
+}
+
 fn gateway_config(config: &CoordinatorConfig) -> GatewayConfig {
     GatewayConfig {
         node: config.node,
@@ -272,7 +313,7 @@ fn gateway_config(config: &CoordinatorConfig) -> GatewayConfig {
 fn start_driver(
     config: &CoordinatorConfig,
     group: Group<Coordinator>,
-    connect: Arc<dyn Connect>,
+    directory: Arc<Directory>,
     shutdown: watch::Receiver<bool>,
 ) -> (mpsc::Sender<crate::driver::Request>, JoinHandle<()>) {
     let (sender, requests) = mpsc::channel(config.requests_max);
@@ -286,7 +327,7 @@ fn start_driver(
         leadership: group.leadership(),
         group,
         requests,
-        router: Router::new(config.node, config.nodes.clone(), config.placement, connect),
+        router: Router::new(config.node, directory, config.placement),
         shutdown,
     };
     (sender, tokio::spawn(driver.run()))

@@ -4,23 +4,32 @@
 //! core sends it again. Messages to one shard keep their order, for they go through one queue into one stream; after a change of the
 //! route the core is told ([`PeerMessage::Rerouted`]) and sends everything again.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Instant,
+};
 
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use verdict_proto::{
-    connect::Connect,
     convert::{Assembler, EXCHANGE_MESSAGE_BYTES_MAX, ShardTold, to_shard_to_wire},
     v1::{self, participant_client::ParticipantClient},
 };
 use verdict_protocol::{
     batch::Placement,
-    ids::{NodeId, ShardId},
+    ids::{GroupId, NodeId, ShardId},
     messages::{FromShard, ShardRead, ShardReadAnswer, ToShard},
 };
 
-use crate::routes::Routes;
+use crate::{
+    directory::{Directory, View},
+    routes::Routes,
+};
 
 /// Messages to one node that may wait.
 const QUEUE: usize = 4096;
@@ -29,8 +38,8 @@ const EVENTS: usize = 4096;
 
 /// The streams of one epoch, and the routes.
 pub(crate) struct Router {
-    nodes: BTreeMap<NodeId, String>,
-    connect: Arc<dyn Connect>,
+    directory: Arc<Directory>,
+    members: watch::Receiver<View>,
     routes: Routes,
     peers: BTreeMap<NodeId, Peer>,
     last_peer: u64,
@@ -70,15 +79,12 @@ pub(crate) enum PeerMessage {
 }
 
 impl Router {
-    pub(crate) fn new(
-        node: NodeId,
-        nodes: BTreeMap<NodeId, String>,
-        placement: Placement,
-        connect: Arc<dyn Connect>,
-    ) -> Router {
-        let routes = Routes::new(nodes.keys().copied(), node, placement.all());
+    pub(crate) fn new(node: NodeId, directory: Arc<Directory>, placement: Placement) -> Router {
+        let mut members = directory.watch();
+        let (nodes, voters) = nodes_and_voters(&members.borrow_and_update());
+        let routes = Routes::new(nodes, voters, node, placement.all());
         let (sender, receiver) = mpsc::channel(EVENTS);
-        Router { nodes, connect, routes, peers: BTreeMap::new(), last_peer: 0, sender, receiver }
+        Router { directory, members, routes, peers: BTreeMap::new(), last_peer: 0, sender, receiver }
     }
 
     /// Begins an epoch.
@@ -130,14 +136,7 @@ impl Router {
         if let Some(peer) = self.peers.get(&node) {
             return Some(peer.queue.clone());
         }
-        let address = self.nodes.get(&node)?;
-        let channel = match self.connect.channel(address) {
-            Ok(channel) => channel,
-            Err(error) => {
-                tracing::error!(%node, address, %error, "the address of a node is malformed");
-                return None;
-            }
-        };
+        let channel = self.directory.channel(node)?;
         self.last_peer += 1;
         let id = self.last_peer;
         let (queue, messages) = mpsc::channel(QUEUE);
@@ -183,8 +182,21 @@ impl Router {
 
     /// Time has passed: the shards that have a new route.
     pub(crate) fn tick(&mut self, now: Instant) -> Vec<ShardId> {
+        // An error means that the node stops.
+        if self.members.has_changed().unwrap_or(false) {
+            let (nodes, voters) = nodes_and_voters(&self.members.borrow_and_update());
+            self.routes.update(nodes, voters, now);
+        }
         self.routes.due(now)
     }
+}
+
+/// All nodes, and the voters of each shard of which they are known.
+fn nodes_and_voters(view: &View) -> (BTreeSet<NodeId>, BTreeMap<ShardId, Vec<NodeId>>) {
+    let shards = view.groups.iter().filter(|(group, _)| **group != GroupId::COORDINATOR);
+    let voters =
+        shards.map(|(group, replicas)| (ShardId(group.0), replicas.voters.iter().copied().collect()));
+    (view.nodes.keys().copied().collect(), voters.collect())
 }
 
 /// The task of one stream.

@@ -1,6 +1,6 @@
 //! Which node a shard's messages go to: what the router believes, without any connection.
 //!
-//! Every node of the cluster may lead every shard. A shard has one believed leader at a time; a node that says it doesn't lead, a
+//! Any voter of a shard may lead it. A shard has one believed leader at a time; a node that says it doesn't lead, a
 //! broken stream or a long silence moves the belief on. After each move everything is sent again, so a wrong belief costs time and
 //! nothing else.
 //!
@@ -10,7 +10,7 @@
 //! - A node whose stream has just broken is not asked for a short time, whoever hints at it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -28,7 +28,9 @@ const SILENT: Duration = Duration::from_millis(1500);
 /// The believed leaders of all shards.
 #[derive(Debug)]
 pub(crate) struct Routes {
-    nodes: Vec<NodeId>,
+    nodes: BTreeSet<NodeId>,
+    /// The nodes that are asked in turn, for each shard.
+    voters: BTreeMap<ShardId, Vec<NodeId>>,
     shards: BTreeMap<ShardId, Route>,
     /// Nodes whose streams broke lately, and until when they are left alone.
     down: BTreeMap<NodeId, Instant>,
@@ -46,17 +48,49 @@ struct Route {
 }
 
 impl Routes {
-    /// Starts with `first`, which is asked about every shard to begin with.
+    /// Starts with `first`, which is asked to begin with about every shard in which it votes. A shard without voters here has one on
+    /// every node.
     pub(crate) fn new(
-        nodes: impl IntoIterator<Item = NodeId>,
+        nodes: BTreeSet<NodeId>,
+        voters: BTreeMap<ShardId, Vec<NodeId>>,
         first: NodeId,
         shards: impl Iterator<Item = ShardId>,
     ) -> Routes {
-        let nodes: Vec<NodeId> = nodes.into_iter().collect();
-        assert!(!nodes.is_empty(), "a cluster has nodes");
-        let first = if nodes.contains(&first) { first } else { nodes[0] };
-        let route = |shard| (shard, Route { node: first, redirects: 0, ready_at: None, asked_at: None });
-        Routes { nodes, shards: shards.map(route).collect(), down: BTreeMap::new() }
+        let mut routes = Routes { nodes, voters, shards: BTreeMap::new(), down: BTreeMap::new() };
+        for shard in shards {
+            let candidates = routes.candidates(shard);
+            let node = if candidates.contains(&first) { first } else { candidates[0] };
+            routes.shards.insert(shard, Route { node, redirects: 0, ready_at: None, asked_at: None });
+        }
+        routes
+    }
+
+    /// The members have changed.
+    pub(crate) fn update(
+        &mut self,
+        nodes: BTreeSet<NodeId>,
+        voters: BTreeMap<ShardId, Vec<NodeId>>,
+        now: Instant,
+    ) {
+        (self.nodes, self.voters) = (nodes, voters);
+        let gone: Vec<ShardId> = self
+            .shards
+            .iter()
+            .filter(|(_, route)| !self.nodes.contains(&route.node))
+            .map(|(shard, _)| *shard)
+            .collect();
+        for shard in gone {
+            let node = self.candidates(shard)[0];
+            self.shards.insert(shard, Route { node, redirects: 1, ready_at: Some(now), asked_at: None });
+        }
+    }
+
+    /// The nodes to be asked about a shard.
+    fn candidates(&self, shard: ShardId) -> Vec<NodeId> {
+        let voters = self.voters.get(&shard).filter(|voters| !voters.is_empty());
+        let candidates = voters.cloned().unwrap_or_else(|| self.nodes.iter().copied().collect());
+        assert!(!candidates.is_empty(), "a cluster has nodes");
+        candidates
     }
 
     /// Forgets what was awaited, but not who leads: for a new epoch.
@@ -102,7 +136,7 @@ impl Routes {
         let redirects = route.redirects + 1;
         let hint =
             hint.filter(|hint| *hint != node && self.nodes.contains(hint) && !self.is_down(*hint, now));
-        let to = hint.unwrap_or_else(|| self.after(node, now));
+        let to = hint.unwrap_or_else(|| self.after(node, shard, now));
         let at_once = hint.is_some() && redirects == 1;
         let ready_at = (!at_once).then(|| now + pause(redirects));
         self.shards.insert(shard, Route { node: to, redirects, ready_at, asked_at: None });
@@ -112,10 +146,15 @@ impl Routes {
     /// The stream to a node broke: all its shards are asked elsewhere, after a pause.
     pub(crate) fn broken(&mut self, node: NodeId, now: Instant) {
         self.down.insert(node, now + DOWN);
-        let to = self.after(node, now);
-        for route in self.shards.values_mut().filter(|route| route.node == node) {
-            let redirects = route.redirects + 1;
-            *route = Route { node: to, redirects, ready_at: Some(now + pause(redirects)), asked_at: None };
+        let there: Vec<(ShardId, u32)> = self
+            .shards
+            .iter()
+            .filter(|(_, route)| route.node == node)
+            .map(|(shard, route)| (*shard, route.redirects + 1))
+            .collect();
+        for (shard, redirects) in there {
+            let (node, ready_at) = (self.after(node, shard, now), Some(now + pause(redirects)));
+            self.shards.insert(shard, Route { node, redirects, ready_at, asked_at: None });
         }
     }
 
@@ -131,7 +170,7 @@ impl Routes {
         for shard in silent {
             let node = self.shards[&shard].node;
             let redirects = self.shards[&shard].redirects + 1;
-            let to = self.after(node, now);
+            let to = self.after(node, shard, now);
             self.shards.insert(shard, Route { node: to, redirects, ready_at: Some(now), asked_at: None });
         }
         let mut due = Vec::new();
@@ -147,11 +186,12 @@ impl Routes {
         due
     }
 
-    /// The next node in order that isn't down; the next one at all if all are.
-    fn after(&self, node: NodeId, now: Instant) -> NodeId {
-        let place = self.nodes.iter().position(|known| *known == node).unwrap_or(0);
-        let mut others = (1..=self.nodes.len()).map(|step| self.nodes[(place + step) % self.nodes.len()]);
-        let first = others.clone().next().expect("a cluster has nodes");
+    /// The next voter in order that isn't down; the next one at all if all are.
+    fn after(&self, node: NodeId, shard: ShardId, now: Instant) -> NodeId {
+        let nodes = self.candidates(shard);
+        let place = nodes.iter().position(|known| *known == node).map_or(0, |place| place + 1);
+        let mut others = (0..nodes.len()).map(|step| nodes[(place + step) % nodes.len()]);
+        let first = others.clone().next().expect("a shard has voters");
         others.find(|other| !self.is_down(*other, now)).unwrap_or(first)
     }
 
@@ -171,7 +211,8 @@ mod tests {
     const SHARD: ShardId = ShardId(1);
 
     fn routes() -> (Routes, Instant) {
-        (Routes::new([NodeId(1), NodeId(2), NodeId(3)], NodeId(1), [SHARD].into_iter()), Instant::now())
+        let nodes = (1..=3).map(NodeId).collect();
+        (Routes::new(nodes, BTreeMap::new(), NodeId(1), [SHARD].into_iter()), Instant::now())
     }
 
     fn later(now: Instant, ms: u64) -> Instant {
@@ -234,7 +275,7 @@ mod tests {
     #[test]
     fn a_single_node_is_asked_again_after_its_stream_broke() {
         let now = Instant::now();
-        let mut routes = Routes::new([NodeId(7)], NodeId(7), [SHARD].into_iter());
+        let mut routes = Routes::new([NodeId(7)].into(), BTreeMap::new(), NodeId(7), [SHARD].into_iter());
         routes.broken(NodeId(7), now);
         assert!(routes.due(later(now, 100)).is_empty());
         assert_eq!(routes.due(later(now, 250)), vec![SHARD]);
@@ -250,5 +291,23 @@ mod tests {
         assert_eq!(routes.of(SHARD, later(now, 1600)), Some(NodeId(2)));
         routes.heard(NodeId(2), SHARD);
         assert!(routes.due(later(now, 9000)).is_empty(), "nobody asked it since");
+    }
+
+    #[test]
+    fn only_voters_are_asked_in_turn_and_members_may_change() {
+        let now = Instant::now();
+        let nodes = |ids: &[u64]| ids.iter().map(|id| NodeId(*id)).collect::<BTreeSet<_>>();
+        let voters = |ids: &[u64]| [(SHARD, ids.iter().map(|id| NodeId(*id)).collect())].into();
+        let mut routes = Routes::new(nodes(&[1, 2, 3, 4]), voters(&[2, 3]), NodeId(1), [SHARD].into_iter());
+        assert_eq!(routes.of(SHARD, now), Some(NodeId(2)), "node 1 has no replica");
+        assert!(!routes.not_leader(NodeId(2), SHARD, None, now));
+        assert_eq!(routes.due(later(now, 50)), vec![SHARD]);
+        assert_eq!(routes.of(SHARD, now), Some(NodeId(3)));
+        routes.update(nodes(&[1, 2, 4]), voters(&[2, 4]), now);
+        assert_eq!(routes.due(now), vec![SHARD], "node 3 is gone, so all is sent again");
+        assert_eq!(routes.of(SHARD, now), Some(NodeId(2)));
+        routes.heard(NodeId(2), SHARD);
+        assert!(routes.not_leader(NodeId(2), SHARD, Some(NodeId(4)), now));
+        assert_eq!(routes.of(SHARD, now), Some(NodeId(4)));
     }
 }

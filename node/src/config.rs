@@ -37,6 +37,9 @@ pub struct Config {
     pub data: PathBuf,
     /// How many shards the cluster has. Fixed when it is set up.
     pub shards: u32,
+    /// This node joins a cluster that others have set up: it founds no group, and waits until `verdict ctl member` adds it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub join: bool,
     /// Nodes with a replica of the coordinator group. Empty: all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub coordinators: Vec<u64>,
@@ -141,6 +144,7 @@ impl Config {
             connect_from: None,
             data,
             shards,
+            join: false,
             coordinators: Vec::new(),
             retention_seconds: default_retention(),
             decisions_max: default_kept(),

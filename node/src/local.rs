@@ -10,7 +10,7 @@ use verdict_protocol::{
     ids::{GroupId, NodeId, ShardId},
     shard::Shard,
 };
-use verdict_raft::{AdminError, Group};
+use verdict_raft::{AdminError, Group, Members, Progress};
 
 /// The shards of this node.
 pub struct Local {
@@ -39,6 +39,23 @@ impl LocalStatus for Local {
 
     async fn transfer_leader(&self, group: GroupId, to: Option<NodeId>) -> Result<NodeId, AdminError> {
         self.group(group)?.transfer_leader(to).await
+    }
+
+    fn hosted(&self) -> Vec<GroupId> {
+        self.participant.groups().map(|group| group.id()).collect()
+    }
+
+    fn members(&self) -> Vec<Members> {
+        self.participant.groups().filter_map(|group| group.members()).collect()
+    }
+
+    async fn change_members(
+        &self,
+        group: GroupId,
+        add: Option<(NodeId, String)>,
+        remove: Option<NodeId>,
+    ) -> Result<Progress, AdminError> {
+        self.group(group)?.change_members(add, remove).await
     }
 
     async fn trigger_snapshot(&self, group: GroupId) -> Result<u64, AdminError> {

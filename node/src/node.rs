@@ -3,7 +3,7 @@
 //! The caller gives the connections that come in and the way to other nodes, so the same node runs as a process on TCP, and with
 //! others inside one process without any socket.
 
-use std::{future::Future, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
@@ -121,10 +121,19 @@ impl Node {
             },
         };
         let voters = config.shard_voters_of_all()?;
-        let participant = Participant::start(participant_config, &host, &voters).await?;
+        let shard_voters = voters.iter().map(|(shard, voters)| (*shard, voters.keys().copied().collect()));
+        let shard_voters = shard_voters.collect();
+        // Whoever joins founds nothing.
+        let founders = match config.join {
+            true => voters.keys().map(|shard| (*shard, BTreeMap::new())).collect(),
+            false => voters,
+        };
+        let participant = Participant::start(participant_config, &host, &founders).await?;
         let coordinator_config = CoordinatorConfig {
             limits: config.batch_limits(),
             leader: config.leader(),
+            shard_voters,
+            joins: config.join,
             ..CoordinatorConfig::new(node, nodes, config.placement())
         };
         let local = Arc::new(Local { participant: participant.clone() });

@@ -245,6 +245,11 @@ impl Participant {
         self.shared.shards.get(&shard).map(|hosted| hosted.group.clone())
     }
 
+    /// The replicas of all shards on this node.
+    pub fn groups(&self) -> impl Iterator<Item = Group<Shard>> {
+        self.shared.shards.values().map(|hosted| hosted.group.clone())
+    }
+
     /// Tells when a task of a shard has failed: then the replica may lead with nobody driving it, and the node must stop.
     pub fn fatal(&self) -> watch::Receiver<Option<String>> {
         self.shared.fatal.subscribe()

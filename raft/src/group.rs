@@ -39,7 +39,7 @@ use verdict_protocol::{
 };
 
 use crate::{
-    api::{AdminError, Applied, Confirmed, GroupStatus, Leadership, ProposeError, ReadError, Role},
+    api::{AdminError, Applied, Confirmed, GroupStatus, Leadership, ProposeError, ReadError, Role, Timing},
     log::GroupLog,
     network::encode,
     node::{Endpoint, Node, stopping},
@@ -63,7 +63,7 @@ const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(60);
 /// Proposals in flight are counted in this many bytes.
 const BYTES_UNIT: usize = 1024;
 
-type ThisRaft<M> = Raft<Types, StateMachine<M>>;
+pub(crate) type ThisRaft<M> = Raft<Types, StateMachine<M>>;
 type Outcome<M> = Result<Applied<<M as Machine>::Reply>, ProposeError>;
 
 struct Proposal<M: Machine> {
@@ -307,17 +307,12 @@ impl<M: Machine> Group<M> {
         Err(AdminError::Unknown("the snapshot isn't ready yet".to_owned()))
     }
 
-    /// Adds a replica without a vote, and waits until it has caught up.
-    pub async fn add_learner(&self, node: NodeId, address: String) -> Result<(), AdminError> {
-        let added = self.shared.raft.add_learner(node.0, BasicNode::new(address), true).await;
-        added.map(drop).map_err(admin_error)
+    pub(crate) fn raft(&self) -> &ThisRaft<M> {
+        &self.shared.raft
     }
 
-    /// Makes exactly `voters` vote. All must be replicas already. Those who no longer vote are removed.
-    pub async fn change_membership(&self, voters: BTreeSet<NodeId>) -> Result<(), AdminError> {
-        let voters: BTreeSet<u64> = voters.into_iter().map(|node| node.0).collect();
-        let changed = self.shared.raft.change_membership(voters, false).await;
-        changed.map(drop).map_err(admin_error)
+    pub(crate) fn timing(&self) -> &Timing {
+        &self.shared.node.config.timing
     }
 
     /// Founds the group, if nobody did before.
@@ -373,7 +368,7 @@ fn read_error(error: RaftError<Types, LinearizableReadError<Types>>) -> ReadErro
     }
 }
 
-fn admin_error(error: RaftError<Types, ClientWriteError<Types>>) -> AdminError {
+pub(crate) fn admin_error(error: RaftError<Types, ClientWriteError<Types>>) -> AdminError {
     match error {
         RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
             AdminError::NotLeader { leader: forward.leader_id.map(NodeId) }

@@ -1,7 +1,7 @@
 //! Everything of one node that has to do with Raft.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -165,6 +165,17 @@ impl Host {
     /// The addresses of all other nodes that this one has reason to talk to.
     pub fn addresses(&self) -> BTreeMap<NodeId, String> {
         self.node.addresses()
+    }
+
+    /// The cluster's name.
+    pub fn cluster(&self) -> &str {
+        &self.node.config.cluster
+    }
+
+    /// Where to put the nodes that were removed from the cluster: from then on they are told so and not listened to. One that runs
+    /// and hears it stops.
+    pub fn removed(&self) -> watch::Sender<BTreeSet<NodeId>> {
+        self.node.removed.clone()
     }
 
     /// This node.

@@ -26,6 +26,7 @@ mod fatal;
 mod group;
 mod host;
 mod log;
+mod members;
 mod network;
 mod node;
 mod on_disk;
@@ -43,6 +44,7 @@ mod writer;
 pub use api::*;
 pub use group::Group;
 pub use host::Host;
+pub use members::{Members, Progress};
 pub use on_disk::OnDisk;
 pub use service::Service;
 

@@ -1,7 +1,7 @@
 //! What all parts of a host share: who this node is, whom it knows, whether it must stop.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     sync::{Arc, Mutex, MutexGuard, RwLock},
 };
@@ -47,6 +47,8 @@ pub(crate) enum Refusal {
     Stranger(String),
     /// It has another disk than before.
     OtherDisk(String),
+    /// It was removed from the cluster.
+    Removed(String),
     /// This node has stopped.
     Stopped(String),
 }
@@ -62,6 +64,8 @@ pub(crate) struct Node {
     /// True once the host stops.
     pub(crate) stop: watch::Sender<bool>,
     pub(crate) endpoints: RwLock<BTreeMap<GroupId, Arc<dyn Endpoint>>>,
+    /// Nodes that were removed from the cluster: nobody listens to them.
+    pub(crate) removed: watch::Sender<BTreeSet<NodeId>>,
     known: Mutex<BTreeMap<u64, Vec<u8>>>,
     peers: Mutex<BTreeMap<u64, Arc<Peer>>>,
 }
@@ -85,6 +89,7 @@ impl Node {
             storage,
             stop: watch::Sender::new(false),
             endpoints: RwLock::default(),
+            removed: watch::Sender::default(),
             known: Mutex::new(known),
             peers: Mutex::default(),
         }
@@ -116,6 +121,12 @@ impl Node {
             return Err(Refusal::Stranger(format!(
                 "node {} was reached where node {} was expected",
                 self.identity.node, hello.to
+            )));
+        }
+        if self.removed.borrow().contains(&NodeId(hello.node)) {
+            return Err(Refusal::Removed(format!(
+                "node {} was removed from the cluster, and its id is never used again",
+                hello.node
             )));
         }
         let fresh = {

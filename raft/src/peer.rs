@@ -227,7 +227,9 @@ async fn open(
     }
     match node.check_hello(&hello).await {
         Ok(()) => Ok(incoming),
-        Err(Refusal::Stranger(why) | Refusal::OtherDisk(why) | Refusal::Stopped(why)) => {
+        Err(
+            Refusal::Stranger(why) | Refusal::OtherDisk(why) | Refusal::Removed(why) | Refusal::Stopped(why),
+        ) => {
             tracing::warn!(peer = id, why, "not talking to a node");
             Err(why)
         }

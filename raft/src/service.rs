@@ -46,7 +46,7 @@ impl Service {
         match self.node.check_hello(&hello).await {
             Ok(()) => Ok(NodeId(hello.node)),
             Err(Refusal::Stranger(why)) => Err(Status::permission_denied(why)),
-            Err(Refusal::OtherDisk(why)) => Err(Status::failed_precondition(why)),
+            Err(Refusal::OtherDisk(why) | Refusal::Removed(why)) => Err(Status::failed_precondition(why)),
             Err(Refusal::Stopped(why)) => Err(Status::unavailable(why)),
         }
     }

@@ -6,6 +6,7 @@
 //! Exit codes: 0 done (for a batch: committed), 1 aborted, 2 not decided, 3 error. `status` ends with 3 if replicas differ.
 
 mod batch_json;
+pub mod member;
 pub mod status;
 
 use std::{
@@ -125,6 +126,9 @@ pub enum CtlCommand {
         #[arg(long, value_name = "NODE", default_value_t = 0)]
         to: u64,
     },
+    /// Show the members of the cluster, add, remove and replace nodes
+    #[command(subcommand)]
+    Member(member::MemberCommand),
     /// Ask a node (the first of --connect) whether it serves
     Health,
     /// Make a node (the first of --connect) build a snapshot of its replica of a group
@@ -194,6 +198,7 @@ async fn execute(args: CtlArgs) -> anyhow::Result<u8> {
             show(&json!({ "group": group, "to_node": answer.to_node }))?;
             Ok(0)
         }
+        CtlCommand::Member(command) => member::run(&client, command, args.json).await.map(|()| 0),
         CtlCommand::Health => health(&first_node, Duration::from_secs(args.timeout)).await,
         CtlCommand::Snapshot { group } => {
             let answer = client.trigger_snapshot(&first_node, group).await?;
