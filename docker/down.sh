@@ -3,6 +3,8 @@
 # unless --volumes is given.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_docker
+# The spares too, if there are any.
+export COMPOSE_PROFILES=spare
 case ${1:-} in
   '') compose down ;;
   --volumes) compose down --volumes ;;

@@ -84,9 +84,9 @@ settle 2000 1
 for group in 0 1; do
   victim=$(leader "$group")
   step "kill node $victim, which leads group $group, and settle"
-  settle 20000 "$((group + 2))" &
+  settle 8000 "$((group + 2))" &
   load=$!
-  sleep 2
+  sleep 1
   docker kill --signal KILL "$(container "$victim")" > /dev/null
   wait "$load" || die "the tape did not settle while node $victim was killed"
   docker start "$(container "$victim")" > /dev/null
@@ -100,6 +100,18 @@ settle 2000 4
 service=$(container "$victim")
 docker network connect --alias "${service#"$VERDICT_NAME-"}.cluster" "${VERDICT_NAME}_cluster" "$service"
 
+step "remove node 12 with its disk, and let a spare take its place"
+docker rm --force "$VERDICT_NAME-shard-1-2" > /dev/null
+docker volume rm "${VERDICT_NAME}_shard-1-2" > /dev/null
+docker/spare.sh shard-1-4 > /dev/null 2>&1
+for ((i = 0; i < 20; i++)); do
+  if ctl member replace 12 14=shard-1-4.cluster:7400; then break; fi
+  sleep 1
+done
+((i < 20)) || die "node 12 could not be replaced"
+settle 2000 5
+nodes=("${nodes[@]/12/14}")
+
 step "wait until all replicas are equal"
 at_rest
 for i in "${nodes[@]}"; do
@@ -107,7 +119,7 @@ for i in "${nodes[@]}"; do
     die "node $i runs as root or can write to its image"
 done
 step "stop in order"
-compose stop > /dev/null 2>&1
+COMPOSE_PROFILES=spare compose stop > /dev/null 2>&1
 for i in "${nodes[@]}"; do
   code=$(docker inspect --format '{{.State.ExitCode}}' "$(container "$((10#$i))")")
   ((code == 0)) || die "node $i ended with $code, not with 0: it did not heed SIGTERM"

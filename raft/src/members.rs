@@ -157,9 +157,13 @@ impl<M: Machine> Group<M> {
             step(self.raft().change_membership(gone, true)).await?;
             return Ok(Progress::Done);
         }
-        if remove == Some(NodeId(metrics.id)) {
-            let to = self.transfer_leader(None).await?;
-            return Ok(Progress::Underway(format!("the leadership was handed to node {to} first")));
+        if let ([only], Some(add), Some(remove)) = (configs.as_slice(), add, remove)
+            && only.contains(&add.0)
+            && only.contains(&remove.0)
+        {
+            // In a change that takes the one in and the other out this never is so.
+            let text = format!("node {add} has a vote already: it can't take the place of node {remove}");
+            return Err(AdminError::Refused(text));
         }
         let heard = self.heard(metrics);
         for config in configs.iter().chain([&voters]) {
@@ -171,6 +175,15 @@ impl<M: Machine> Group<M> {
                 );
                 return Err(AdminError::Refused(text));
             }
+        }
+        if remove == Some(NodeId(metrics.id)) {
+            // Whoever takes over has a vote, keeps it, and answers.
+            let stays = |node: &&u64| **node != metrics.id && voters.contains(*node) && heard.contains(*node);
+            let Some(to) = goal.iter().find(stays) else {
+                return Err(AdminError::Refused("nobody else can lead".to_owned()));
+            };
+            let to = self.transfer_leader(Some(NodeId(*to))).await?;
+            return Ok(Progress::Underway(format!("the leadership was handed to node {to} first")));
         }
         step(self.raft().change_membership(voters, false)).await?;
         Ok(Progress::Done)

@@ -1,6 +1,7 @@
 //! Node processes on loopback ports, each with its own folder.
 
 use std::{
+    collections::BTreeMap,
     env,
     fs::{self, File, OpenOptions},
     io::{Read as _, Seek as _, SeekFrom},
@@ -78,6 +79,45 @@ struct Process {
     channel: Channel,
 }
 
+/// A node that a cluster was told to leave out.
+#[derive(Debug)]
+pub struct LeftOut(Process);
+
+impl Process {
+    /// Writes the configuration.
+    fn prepare(
+        settings: &Settings,
+        folder: &Path,
+        node: u64,
+        address: &str,
+        others: &[(u64, String)],
+        joins: bool,
+    ) -> Process {
+        let path = |name: String| folder.join(name);
+        let (data, config) = (path(format!("node-{node}")), path(format!("node-{node}.toml")));
+        let list: BTreeMap<u64, &str> =
+            others.iter().map(|(id, address)| (*id, address.as_str())).chain([(node, address)]).collect();
+        let list: String = list.iter().map(|(id, address)| format!("{id} = {address:?}\n")).collect();
+        let Settings { shards, lines, shard_replicas, .. } = settings;
+        let join = if joins { "join = true" } else { "" };
+        let text = format!(
+            "cluster = \"test\"\nnode = {node}\nlisten = {address:?}\ndata = {data:?}\nshards = {shards}\n{join}\n\
+             {lines}\n[nodes]\n{list}\n[shard_replicas]\n{shard_replicas}\n"
+        );
+        fs::write(&config, text).expect("write a configuration");
+        Process {
+            node,
+            channel: channel(address),
+            address: address.to_owned(),
+            config,
+            data,
+            log: path(format!("node-{node}.log")),
+            trace: settings.traced.then(|| path(format!("node-{node}.strace"))),
+            child: None,
+        }
+    }
+}
+
 impl Cluster {
     /// Three nodes, three shards, ready to settle.
     pub async fn start() -> Cluster {
@@ -98,35 +138,39 @@ impl Cluster {
     pub fn prepare(settings: Settings) -> Cluster {
         let folder = tempfile::tempdir().expect("make a folder for the cluster");
         let addresses: Vec<String> = (0..settings.nodes).map(|_| free_address()).collect();
-        let list: String =
-            (1..).zip(&addresses).map(|(node, address)| format!("{node} = {address:?}\n")).collect();
-        let process = |(node, address): (u64, String)| {
-            let path = |name: String| folder.path().join(name);
-            let (data, config) = (path(format!("node-{node}")), path(format!("node-{node}.toml")));
-            let Settings { shards, lines, shard_replicas, .. } = &settings;
-            let text = format!(
-                "cluster = \"test\"\nnode = {node}\nlisten = {address:?}\ndata = {data:?}\nshards = {shards}\n\
-                 {lines}\n[nodes]\n{list}\n[shard_replicas]\n{shard_replicas}\n"
-            );
-            fs::write(&config, text).expect("write a configuration");
-            Process {
-                node,
-                channel: channel(&address),
-                address,
-                config,
-                data,
-                log: path(format!("node-{node}.log")),
-                trace: settings.traced.then(|| path(format!("node-{node}.strace"))),
-                child: None,
-            }
+        let all: Vec<(u64, String)> = (1..).zip(addresses).collect();
+        let process = |(node, address): &(u64, String)| {
+            Process::prepare(&settings, folder.path(), *node, address, &all, false)
         };
-        let processes = (1..).zip(addresses).map(process).collect();
+        let processes = all.iter().map(process).collect();
         Cluster { processes, settings, folder }
     }
 
     /// The ids of all nodes.
     pub fn nodes(&self) -> impl Iterator<Item = u64> + use<> {
-        1..=self.settings.nodes
+        let nodes: Vec<u64> = self.processes.iter().map(|process| process.node).collect();
+        nodes.into_iter()
+    }
+
+    /// Writes the configuration of one more node, which joins, and starts it. It becomes a member only when somebody says so.
+    pub fn join(&mut self, node: u64) {
+        let known: Vec<(u64, String)> =
+            self.processes.iter().map(|process| (process.node, process.address.clone())).collect();
+        let process =
+            Process::prepare(&self.settings, self.folder.path(), node, &free_address(), &known, true);
+        self.processes.push(process);
+        self.restart(node);
+    }
+
+    /// Leaves a node out of everything from now on. Its process, if it runs, goes on until it is dropped.
+    pub fn leave_out(&mut self, node: u64) -> LeftOut {
+        let place = self.processes.iter().position(|process| process.node == node);
+        LeftOut(self.processes.remove(place.expect("there is such a node")))
+    }
+
+    /// Takes a node in again that was left out.
+    pub fn take_in(&mut self, node: LeftOut) {
+        self.processes.push(node.0);
     }
 
     /// How many shards there are.
