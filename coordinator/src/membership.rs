@@ -31,7 +31,7 @@ impl AdminService {
     ) -> Result<v1::ChangeNodeResponse, Tried> {
         let Some(local) = self.gateway.leading() else { return Err(Tried::Elsewhere(None)) };
         let node = NodeId(request.node_id);
-        if request.remove == !request.address.is_empty() || node == NodeId(0) {
+        if request.remove != request.address.is_empty() || node == NodeId(0) {
             let problem = "give a node and its address, or a node that is to be removed";
             return Err(CallFailure::invalid("address", problem).into());
         }

@@ -618,6 +618,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::directory::{Directory, View};
 
     fn submission(id: u64, deadline: Instant) -> (Submission, tokio::sync::oneshot::Receiver<Submitted>) {
         let row = RowKey::new("p", "r").unwrap();
@@ -632,8 +633,9 @@ mod tests {
     fn leaders() -> Leaders {
         let connect: Arc<dyn verdict_proto::connect::Connect> =
             Arc::new(verdict_proto::connect::InProcess::default());
-        let nodes = [(NodeId(1), "a:1".to_owned())].into();
-        Leaders::new(NodeId(1), nodes, vec![NodeId(1)], None, &connect).unwrap()
+        let view = View { nodes: [(NodeId(1), "a:1".to_owned())].into(), ..View::default() };
+        let directory = Directory::new(NodeId(1), view, connect).unwrap();
+        Leaders::new(NodeId(1), Arc::new(directory), None)
     }
 
     #[test]

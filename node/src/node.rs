@@ -3,7 +3,9 @@
 //! The caller gives the connections that come in and the way to other nodes, so the same node runs as a process on TCP, and with
 //! others inside one process without any socket.
 
-use std::{collections::BTreeMap, future::Future, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap, future::Future, path::PathBuf, process::ExitCode, sync::Arc, time::Duration,
+};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
