@@ -461,3 +461,26 @@ fn a_confirmation_counts_for_its_own_shard_and_number_only() {
     }
     assert_eq!(done(2, 7, decided, false), 0);
 }
+
+#[test]
+fn a_deposed_leader_answers_no_read() {
+    let mut world = World::new(1, 2);
+    world.elect();
+    world.deliver_all();
+    world.elect();
+    world.deliver_all();
+    assert_eq!(world.leaders.len(), 2, "the first one doesn't know yet");
+    world.submit(add_batch(7, &[row()]));
+    world.deliver_all();
+    let token = world.read_at(0, vec![row()]);
+    for _ in 0..2 {
+        // The question, then the shard's answer. Nobody confirms that the first one leads.
+        for packet in std::mem::take(&mut world.packets) {
+            world.deliver(packet, 0);
+        }
+    }
+    assert_eq!(world.reply(token), None, "it would miss what the second one has answered");
+    let token = world.read_at(1, vec![row()]);
+    world.deliver_all();
+    assert!(matches!(world.reply(token), Some(Reply::Rows { .. })), "{:?}", world.reply(token));
+}
