@@ -484,3 +484,34 @@ fn a_deposed_leader_answers_no_read() {
     world.deliver_all();
     assert!(matches!(world.reply(token), Some(Reply::Rows { .. })), "{:?}", world.reply(token));
 }
+
+#[test]
+fn a_read_waits_for_a_decision_that_is_on_its_way_into_the_log() {
+    let mut world = World::new(2, 2);
+    world.elect();
+    world.deliver_all();
+    let rows = rows_of_two(&world);
+    world.submit(add_batch(7, &rows));
+    for _ in 0..2 {
+        for packet in std::mem::take(&mut world.packets) {
+            world.deliver(packet, 0);
+        }
+    }
+    assert_eq!(
+        (world.leaders[0].acts.len(), world.decisions().len()),
+        (1, 0),
+        "it has a stamp, and is not recorded"
+    );
+    let token = world.read(rows.to_vec());
+    world.confirm();
+    for _ in 0..4 {
+        for packet in std::mem::take(&mut world.packets) {
+            world.deliver(packet, 0);
+        }
+    }
+    assert_eq!(world.reply(token), None, "what has a stamp at or below the position belongs to it");
+    world.settle();
+    let Some(Reply::Rows { rows, position }) = world.reply(token) else { panic!("{:?}", world.reply(token)) };
+    let values: Vec<_> = rows.iter().map(|row| row.value.clone()).collect();
+    assert_eq!(values, [RowValue::Balance(1), RowValue::Balance(1)], "at {position}");
+}
