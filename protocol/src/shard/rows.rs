@@ -265,21 +265,23 @@ mod tests {
                 add(&mut store, row, id(stamp), Stamp(stamp), 1, Stamp(0)).unwrap();
             }
         }
-        let before = store.clone();
-        // Three at a time, as entries do.
-        let (history, mut from) = (Stamp(15), Some(FIRST_VERSION.to_vec()));
-        let mut rounds = 0;
-        while let Some(next) = from {
-            from = drop_versions(&mut store, history, &next, 3).unwrap();
-            rounds += 1;
-            assert!(rounds < 20, "the sweep never ends");
-        }
-        // Of the 30 versions 15 lie above the mark, and one of each row below is needed.
-        assert_eq!(store.len(), rows.len() + 15 + rows.len());
-        for row in &rows {
-            for position in 15..=30 {
-                let position = Stamp(position);
-                assert_eq!(at(&store, row, position).unwrap(), at(&before, row, position).unwrap());
+        let before = store;
+        let history = Stamp(15);
+        for most in [1, 2, 3, 7, 100] {
+            let mut store = before.clone();
+            let mut from = Some(FIRST_VERSION.to_vec());
+            let mut rounds = 0;
+            while let Some(next) = from {
+                from = drop_versions(&mut store, history, &next, most).unwrap();
+                rounds += 1;
+                assert!(rounds <= 30, "the sweep never ends");
+            }
+            // Of the 30 versions 15 lie above the mark, and one of each row below is needed.
+            assert_eq!(store.len(), rows.len() + 15 + rows.len(), "{most} at a time");
+            for row in &rows {
+                for position in (15..=30).map(Stamp) {
+                    assert_eq!(at(&store, row, position).unwrap(), at(&before, row, position).unwrap());
+                }
             }
         }
     }
