@@ -515,3 +515,16 @@ fn a_read_waits_for_a_decision_that_is_on_its_way_into_the_log() {
     let values: Vec<_> = rows.iter().map(|row| row.value.clone()).collect();
     assert_eq!(values, [RowValue::Balance(1), RowValue::Balance(1)], "at {position}");
 }
+
+#[test]
+fn a_late_greeting_takes_no_epoch_back() {
+    let mut world = greeted(5);
+    assert_eq!(only_vote(&mut world, 5, prepare(7, number(5, 1), 5)), VoteKind::Yes);
+    let late = ToShard { epoch: Epoch(3), greet: true, ..ToShard::default() };
+    let greeting = say(&mut world, late).0.greeting.unwrap();
+    assert_eq!((greeting.epoch, greeting.parts.len()), (Epoch(5), 1), "R11: what is recorded is told");
+    assert_eq!(only_vote(&mut world, 3, prepare(8, number(3, 9), 5)), VoteKind::OldEpoch);
+    restart_all(&mut world);
+    assert_eq!(world.shards[&ShardId(1)].leading().machine.epoch(GroupId(0)), Epoch(5));
+    assert_eq!(only_vote(&mut world, 5, prepare(9, number(5, 2), 5)), VoteKind::Yes);
+}
