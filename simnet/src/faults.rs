@@ -14,9 +14,9 @@ use crate::{
 pub(crate) const LATENCY_MS_MAX: u64 = 5;
 /// A sync of a disk that is well takes this long at most, in milliseconds.
 const SYNC_MS_MAX: u64 = 2;
-/// How far a wall clock jumps at most, in seconds. (An id whose time lies an hour ahead of the leader's clock is refused, as
-/// documented.)
-const JUMP_SECONDS_MAX: u64 = 1500;
+/// How far a wall clock jumps at most, in seconds. (An id whose time lies 10 minutes ahead of the leader's clock is
+/// refused, as documented.)
+const JUMP_SECONDS_MAX: u64 = 500;
 
 /// Something that is wrong, and until when.
 struct Wrong {

@@ -18,8 +18,9 @@ fn a_seed_gives_the_same_trace_again() {
     assert_ne!(trace(&once), trace(&other));
 }
 
+/// In seed 4 a node whose log was shorter than what it had applied, and whose snapshot was older, once couldn't start again.
 #[test]
 fn no_promise_is_broken_in_a_few_seeds() {
-    let (kept, told) = simnet(&["seeds", "--from", "1000", "--count", "6"]);
+    let (kept, told) = simnet(&["seeds", "--from", "1", "--count", "6"]);
     assert!(kept, "{told}");
 }
