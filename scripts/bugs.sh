@@ -11,6 +11,7 @@
 #   class  of docs/bug-table.md          bug    what it does, in a sentence
 #   catch  the command that must fail    test   the test that must be named as failed
 #   says   what else must be told        limit  seconds that the command may take (300)
+#   make   what must be built before, beside the test itself
 set -uo pipefail
 export LC_ALL=C
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -92,12 +93,13 @@ eval "$variables"
 # run LIMIT COMMAND: in the copy; all it says goes to the log.
 run() { (cd "$tree" && GIT_CEILING_DIRECTORIES=$work timeout --kill-after=10 "$1" bash -c "$2") > "$log" 2>&1; }
 
-# build COMMAND: compiles what it needs. For `cargo test ...` that is all of it but the run.
+# build PATCH: compiles what its command needs, so that the limit of time is for the test alone.
 build() {
-  case $1 in
-    'cargo test '*) run 3600 "${1%% -- *} --no-run --locked" ;;
-    *) return 0 ;;
-  esac
+  local make catch
+  make=$(field "$1" make)
+  catch=$(field "$1" catch)
+  [[ -z $make ]] || run 3600 "$make" || return
+  [[ $catch != *'cargo test '* ]] || run 3600 "${catch%% -- *} --no-run --locked"
 }
 
 # since TIME: seconds.
@@ -114,9 +116,13 @@ compiled() { ! grep -qE '^error(\[E[0-9]+\])?: |could not compile' "$log"; }
 
 echo "== without a bug"
 failed=0
-while IFS= read -r catch; do
-  limit=$(for patch in "${patches[@]}"; do [[ $(field "$patch" catch) != "$catch" ]] || field "$patch" limit; done | sort -n | tail -1)
-  if ! build "$catch"; then
+declare -A passed
+for patch in "${patches[@]}"; do
+  catch=$(field "$patch" catch)
+  [[ ! ${passed[$catch]-} ]] || continue
+  passed[$catch]=1
+  limit=$(field "$patch" limit)
+  if ! build "$patch"; then
     tail -n 30 "$log"
     echo "does not compile without any bug: $catch"
     exit 1
@@ -129,7 +135,7 @@ while IFS= read -r catch; do
     echo "fails without any bug: $catch"
     exit 1
   fi
-done < <(for patch in "${patches[@]}"; do field "$patch" catch; done | sort -u)
+done
 
 echo "== with each bug"
 table=()
@@ -145,7 +151,7 @@ for patch in "${patches[@]}"; do
   else
     undo=$patch
     (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply "$undo")
-    if ! build "$catch"; then
+    if ! build "$patch"; then
       verdict='DOES NOT COMPILE'
     else
       started=$EPOCHREALTIME
