@@ -213,10 +213,10 @@ fn full() -> Vec<Case> {
         },
         Case {
             name: "full-deposed",
-            about: "one trade; three changes of leaders, the deposed ones go on; one message repeated",
+            about: "one trade; two changes of leaders, the deposed ones go on",
             before: "add a@1 10",
             batches: TRADE,
-            bounds: Bounds { elections: 3, repeats: 1, ..NONE },
+            bounds: Bounds { elections: 2, ..NONE },
             deposed: true,
             prompt: false,
             ..full
