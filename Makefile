@@ -10,7 +10,7 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim-stack
+.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim-stack failpoints
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -57,6 +57,10 @@ histories: setup ## What clients see while nodes are killed and paused, checked 
 
 sim-stack: setup ## The real stack in a simulated world: SEEDS=100 of them, or SEED=17 alone with its trace
 	$(WITH_ROCKSDB) cargo run --locked -p verdict-simnet -- $(if $(SEED),seed $(SEED),seeds --count $(or $(SEEDS),100)) $(ARGS)
+
+failpoints: setup ## Kills processes at every failpoint in every role, under load; ARGS="--only vote --kills 50"
+	$(WITH_ROCKSDB) cargo build --locked -p verdict -p verdict-tests --bins
+	$(WITH_ROCKSDB) cargo run --locked -p verdict-tests --bin failpoints -- $(ARGS)
 
 deny: ## Licences, sources and advisories of all dependencies; installs cargo-deny first (minutes)
 	@cargo deny --version > /dev/null 2>&1 || cargo install --locked cargo-deny

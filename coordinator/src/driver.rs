@@ -28,12 +28,14 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Interval, MissedTickBehavior},
 };
+use verdict_failpoints::failpoint;
 use verdict_protocol::{
     batch::{Batch, Placement, RowKey},
     coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply, Opened},
-    ids::{BatchId, ContentHash, Epoch, NodeId, Stamp},
+    ids::{BatchId, ContentHash, Epoch, GroupId, NodeId, Stamp},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::encode,
+    messages::FromShard,
     store::StoreError,
 };
 use verdict_raft::{Applied, Confirmed, Group, Leadership, ProposeError, ReadError};
@@ -219,7 +221,10 @@ impl Driver {
             applied = proposal => applied.map_err(|error| End::Lost(format!("open an epoch: {error}")))?,
         };
         match applied.reply {
-            CoordinatorReply::Opened(opened) => Ok(opened),
+            CoordinatorReply::Opened(opened) => {
+                failpoint!(EPOCH_OPENED, GroupId::COORDINATOR.0);
+                Ok(opened)
+            }
             CoordinatorReply::OtherPlacement { recorded } => Err(End::Never(format!(
                 "the configuration tells {} shards, but the cluster was founded with {}: correct the configuration \
                  and start the node again",
@@ -395,7 +400,12 @@ impl Reign<'_> {
     fn acted(&mut self, acted: Acted) -> Result<(), End> {
         let applied = acted.map_err(|error| End::Lost(format!("record decisions: {error}")))?;
         match applied.reply {
-            CoordinatorReply::Acted(acted) => self.step(Event::Applied(acted)),
+            CoordinatorReply::Acted(acted) => {
+                if !acted.decisions.is_empty() {
+                    failpoint!(DECISION_RECORDED, GroupId::COORDINATOR.0);
+                }
+                self.step(Event::Applied(acted))
+            }
             CoordinatorReply::OldEpoch { newer } => Err(End::Lost(format!("the epoch {newer} has begun"))),
             CoordinatorReply::Opened(_)
             | CoordinatorReply::OtherPlacement { .. }
@@ -440,6 +450,7 @@ impl Reign<'_> {
         match message {
             PeerMessage::Rerouted(shard) => self.step(Event::Reconnected { shard }),
             PeerMessage::Said { shard, message, reads } => {
+                heard(&message);
                 if !message.is_empty() {
                     self.step(Event::FromShard { shard, message })?;
                 }
@@ -461,7 +472,10 @@ impl Reign<'_> {
         let token = Token(self.last_token);
         self.callers.insert(token.0, caller);
         match question {
-            Question::Submit { batch, hash } => self.step(Event::Submit { token, batch, hash }),
+            Question::Submit { batch, hash } => {
+                failpoint!(BATCH_RECEIVED, GroupId::COORDINATOR.0);
+                self.step(Event::Submit { token, batch, hash })
+            }
             Question::Query { id, wait, abort_if_not_seen } => {
                 self.to_query.push(Event::Query { token, id, wait, abort_if_not_seen });
                 Ok(())
@@ -478,7 +492,11 @@ impl Reign<'_> {
         self.driver.router.send(effects.to_shards, effects.reads, Instant::now());
         for (token, reply) in effects.replies {
             if let Some(caller) = self.callers.remove(&token.0) {
+                let decided = matches!(reply, Reply::Decided(_));
                 caller.answer(Ok(reply));
+                if decided {
+                    failpoint!(CALLER_ANSWERED, GroupId::COORDINATOR.0);
+                }
             }
         }
         self.to_confirm = self.to_confirm.max(effects.confirm);
@@ -498,8 +516,18 @@ impl Reign<'_> {
         }
         let act = std::mem::take(&mut self.act_waiting);
         debug_assert_eq!(act.epoch, self.leader.epoch(), "a leader records in its own epoch");
+        let (decides, finishes) = (!act.decisions.is_empty(), !act.finished.is_empty());
+        if decides {
+            failpoint!(DECISION_BEFORE_PROPOSE, GroupId::COORDINATOR.0);
+        }
         let proposal = self.driver.group.start_propose(encode(&CoordinatorEntry::Act(act)));
         self.acts.push_back(Box::pin(proposal));
+        if decides {
+            failpoint!(DECISION_PROPOSED, GroupId::COORDINATOR.0);
+        }
+        if finishes {
+            failpoint!(FINISHED_PROPOSED, GroupId::COORDINATOR.0);
+        }
     }
 
     fn begin_barrier(&mut self) {
@@ -521,6 +549,19 @@ impl Reign<'_> {
 impl fmt::Debug for Driver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Driver").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// The failpoints of what a shard may say.
+fn heard(message: &FromShard) {
+    if message.greeting.is_some() {
+        failpoint!(GREETING_RECEIVED, GroupId::COORDINATOR.0);
+    }
+    if !message.votes.is_empty() {
+        failpoint!(VOTE_RECEIVED, GroupId::COORDINATOR.0);
+    }
+    if !message.done.is_empty() {
+        failpoint!(DONE_RECEIVED, GroupId::COORDINATOR.0);
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
+use verdict_failpoints::failpoint;
 use verdict_proto::{
     convert::{Assembler, EXCHANGE_MESSAGE_BYTES_MAX, ShardTold, to_shard_to_wire},
     v1::{self, participant_client::ParticipantClient},
@@ -123,11 +124,21 @@ impl Router {
         }
         let Some(node) = self.routes.of(shard, now) else { return };
         let Some(queue) = self.queue(node) else { return };
+        let (prepares, tells) = (!message.prepares.is_empty(), !message.outcomes.is_empty());
+        if prepares {
+            failpoint!(PREPARE_BEFORE_SEND, GroupId::COORDINATOR.0);
+        }
         for message in to_shard_to_wire(shard, message, reads) {
             if let Err(error) = queue.try_send(message) {
                 tracing::debug!(%node, %shard, %error, "a message to a shard is dropped; it will be sent again");
                 return;
             }
+        }
+        if prepares {
+            failpoint!(PREPARE_SENT, GroupId::COORDINATOR.0);
+        }
+        if tells {
+            failpoint!(OUTCOME_SENT, GroupId::COORDINATOR.0);
         }
     }
 

@@ -14,7 +14,7 @@ use verdict_protocol::{
     ids::{NodeId, ShardId},
     leader::LeaderConfig,
 };
-use verdict_raft::Timing;
+use verdict_raft::{Limits, Timing};
 
 /// The most shards a cluster may have: a node keeps what each of its groups has acknowledged in one block of its disk, which has room for
 /// so many, and some.
@@ -76,6 +76,12 @@ pub struct Config {
     /// ...to this, in milliseconds.
     #[serde(default = "default_election_max")]
     pub election_timeout_max_ms: u64,
+    /// A snapshot is made when a group's log has so many entries since the last one.
+    #[serde(default = "default_snapshot_after")]
+    pub snapshot_after_entries: u64,
+    /// So many entries are kept behind a snapshot, for replicas that lag.
+    #[serde(default = "default_keep")]
+    pub keep_entries: u64,
     /// All nodes and where they listen, this one included.
     pub nodes: BTreeMap<String, String>,
     /// Which nodes have a replica of a shard. A shard that isn't listed has one on every node.
@@ -127,6 +133,14 @@ fn default_election_max() -> u64 {
     Timing::default().election_timeout_max_ms
 }
 
+fn default_snapshot_after() -> u64 {
+    Limits::default().snapshot_after_entries
+}
+
+fn default_keep() -> u64 {
+    Limits::default().keep_entries
+}
+
 impl Config {
     /// A configuration with defaults, for programs that make their own.
     pub fn new(
@@ -157,6 +171,8 @@ impl Config {
             heartbeat_ms: default_heartbeat(),
             election_timeout_min_ms: default_election_min(),
             election_timeout_max_ms: default_election_max(),
+            snapshot_after_entries: default_snapshot_after(),
+            keep_entries: default_keep(),
             nodes,
             shard_replicas: BTreeMap::new(),
         }
@@ -219,6 +235,7 @@ impl Config {
                 );
             }
         }
+        ensure!(self.snapshot_after_entries > 0, "`snapshot_after_entries` is 0, it must be at least 1");
         for shard in self.shard_replicas.keys() {
             let known = shard.parse::<u32>().is_ok_and(|shard| (1..=self.shards).contains(&shard));
             ensure!(known, "[shard_replicas] names shard {shard:?}, there are shards 1 to {}", self.shards);
@@ -302,6 +319,15 @@ impl Config {
             retention_ms: self.retention_seconds.saturating_mul(1000),
             keep: Keep { decisions_max: self.decisions_max, history_max: self.history_max },
             ..LeaderConfig::new(self.placement())
+        }
+    }
+
+    /// The bounds of Raft's logs and queues.
+    pub fn raft_limits(&self) -> Limits {
+        Limits {
+            snapshot_after_entries: self.snapshot_after_entries,
+            keep_entries: self.keep_entries,
+            ..Limits::default()
         }
     }
 

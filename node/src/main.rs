@@ -6,9 +6,16 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use verdict_node::{ctl, demo, dev, drill, err, node, out, settle};
 
+/// The version, which tells a build with failpoints from one that is for use.
+const VERSION: &str = if verdict_failpoints::ENABLED {
+    concat!(env!("CARGO_PKG_VERSION"), " (debug build with failpoints: not for use)")
+} else {
+    env!("CARGO_PKG_VERSION")
+};
+
 /// Settles batches of changes that touch several partitions: all of a batch or none of it, in isolation, exactly once.
 #[derive(Parser)]
-#[command(name = "verdict", version)]
+#[command(name = "verdict", version = VERSION)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -70,7 +70,8 @@ impl Node {
         I: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
         S: Stream<Item = std::io::Result<I>> + Send + 'static,
     {
-        Node::start_in(config, Surroundings::of_this_machine(connect), incoming).await
+        let surroundings = Surroundings::of_this_machine(connect);
+        Node::start_in(config, Surroundings { limits: config.raft_limits(), ..surroundings }, incoming).await
     }
 
     /// The same, in other surroundings.
@@ -237,6 +238,7 @@ pub async fn run(args: NodeArgs) -> Result<ExitCode> {
     if args.ends_with_parent {
         end_with_parent()?;
     }
+    verdict_failpoints::start().map_err(|error| anyhow!(error)).context(verdict_failpoints::VARIABLE)?;
     // Before anything that takes time: process 1 of a container ignores the signals that nobody waits for.
     let interrupted = interrupted()?;
     let config = Config::load(&args.config, args.node)?;

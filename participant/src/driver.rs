@@ -13,6 +13,7 @@ use tokio::{
     time::MissedTickBehavior,
 };
 use tokio_util::sync::CancellationToken;
+use verdict_failpoints::failpoint;
 use verdict_proto::convert::{from_shard_to_wire, not_leader_to_wire};
 use verdict_protocol::{
     ids::{Epoch, GroupId, Millis, NodeId, ShardId},
@@ -111,7 +112,10 @@ impl Driver {
                     for messages in self.entries(&mut arrived) {
                         match self.hint(view) {
                             Some(hint) => self.refuse(messages, hint),
-                            None => proposed.push_back(self.propose(messages)),
+                            None => {
+                                self.came(&messages);
+                                proposed.push_back(self.propose(messages));
+                            }
                         }
                     }
                 }
@@ -158,6 +162,16 @@ impl Driver {
         entries
     }
 
+    /// The failpoints of what the coordinator may say.
+    fn came(&self, arrived: &[Arrived]) {
+        if arrived.iter().any(|one| !one.message.prepares.is_empty()) {
+            failpoint!(PREPARE_RECEIVED, self.group.id().0);
+        }
+        if arrived.iter().any(|one| !one.message.outcomes.is_empty()) {
+            failpoint!(OUTCOME_RECEIVED, self.group.id().0);
+        }
+    }
+
     /// Queues one entry, behind all that were queued before.
     fn propose(&self, arrived: Vec<Arrived>) -> impl Future<Output = Proposed> + Send + 'static {
         let (mut from, mut rooms) = (BTreeMap::new(), Vec::with_capacity(arrived.len()));
@@ -183,7 +197,17 @@ impl Driver {
                 self.applied.send_replace(index);
                 reply.alarms.iter().for_each(|alarm| self.warn(&format!("shard {shard}: {alarm}")));
                 for (coordinator, message) in reply.messages {
+                    let (votes, done) = (!message.votes.is_empty(), !message.done.is_empty());
+                    if votes {
+                        failpoint!(VOTE_BEFORE_SEND, self.group.id().0);
+                    }
+                    if done {
+                        failpoint!(DONE_BEFORE_SEND, self.group.id().0);
+                    }
                     self.send(coordinator, &message);
+                    if votes {
+                        failpoint!(VOTE_SENT, self.group.id().0);
+                    }
                 }
             }
             Err(ProposeError::NotLeader { leader }) => self.tell_not_leader(from.values(), leader),

@@ -32,6 +32,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch},
     time::{Instant, sleep, timeout},
 };
+use verdict_failpoints::failpoint;
 use verdict_protocol::{
     ids::{GroupId, NodeId},
     machine::Machine,
@@ -564,8 +565,11 @@ struct Replies<M: Machine>(Arc<Shared<M>>);
 
 impl<M: Machine> Endpoint for Replies<M> {
     fn handle(&self, asked: u32, body: Bytes) -> BoxFuture<'static, Result<Vec<u8>, String>> {
-        let raft = self.0.raft.clone();
+        let (raft, group) = (self.0.raft.clone(), self.0.id);
         Box::pin(async move {
+            if asked == kind::APPEND {
+                failpoint!(APPEND_RECEIVED, group.0);
+            }
             match asked {
                 kind::APPEND => raft.append_entries(decode(&body)?).await.map(|r| encode(&r)).map_err(text),
                 kind::VOTE => raft.vote(decode(&body)?).await.map(|r| encode(&r)).map_err(text),

@@ -22,6 +22,7 @@ use openraft::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{sync::oneshot, time::timeout};
+use verdict_failpoints::failpoint;
 use verdict_proto::v1;
 use verdict_protocol::ids::GroupId;
 
@@ -92,7 +93,7 @@ impl Line {
             header: encode(vote).into(),
             data: Default::default(),
         };
-        let chunks = chunks(first, snapshot.clone(), self.node.storage.clone());
+        let chunks = chunks(self.group, first, snapshot.clone(), self.node.storage.clone());
         let mut client = peer::client(&self.node, self.peer.address()).map_err(unreachable)?;
         // Named: the compiler can't see through an opaque future that holds a stream.
         let sending: BoxFuture<'_, Result<_, tonic::Status>> = Box::pin(client.snapshot(chunks));
@@ -106,11 +107,15 @@ impl Line {
 
 /// The file in pieces. One that can't be read ends the stream early; the other side finds the file cut.
 fn chunks(
+    group: u32,
     first: v1::SnapshotChunk,
     file: SnapshotFile,
     storage: Arc<dyn Storage>,
 ) -> BoxStream<'static, v1::SnapshotChunk> {
     let pieces = futures::stream::unfold(0, move |offset| {
+        if offset > 0 {
+            failpoint!(SNAPSHOT_SENDING, group);
+        }
         let file = file.clone();
         let reading = apart(&storage, move || file.read_at(offset, SNAPSHOT_CHUNK_BYTES));
         async move {

@@ -21,6 +21,7 @@ use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
 };
+use verdict_failpoints::failpoint;
 use verdict_protocol::{
     ids::GroupId,
     machine::{self, Machine, Position},
@@ -124,7 +125,9 @@ impl<M: Machine> Replica<M> {
                 }
             }
             let core = &mut *core;
+            failpoint!(APPLY_BEFORE_WRITE, self.group.0);
             core.store.commit(&core.state)?;
+            failpoint!(APPLY_WRITTEN, self.group.0);
             core.state.applied
         };
         self.applied.send_replace(applied);
@@ -160,8 +163,10 @@ impl<M: Machine> Replica<M> {
         remove_other_generations(&disk, self.group, before)?;
         let meta = self.snapshots.load(&disk, file, generation)?;
         self.snapshots.publish(&file.path, meta)?;
+        failpoint!(INSTALL_BEFORE_SWITCH, self.group.0, fails)?;
         // From this write on the new state counts; it also makes all of it durable.
         disk.write_meta(&group_key(self.group, GroupKey::Generation), &generation)?;
+        failpoint!(INSTALL_SWITCHED, self.group.0, fails)?;
         let core = Core::open(disk.clone(), self.group, generation, &self.config, self.cache_bytes)?;
         let applied = core.state.applied;
         *self.lock() = core;

@@ -16,6 +16,7 @@ use futures::{
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
+use verdict_failpoints::failpoint;
 use verdict_proto::v1::{self, raft_server};
 use verdict_protocol::ids::{GroupId, NodeId};
 
@@ -133,6 +134,7 @@ async fn receive(
                 written += chunk.data.len() as u64;
                 let writing = apart(storage, move || file.write_all_at(&chunk.data, offset));
                 writing.await.map_err(|error| Status::internal(error.to_string()))?.map_err(failed)?;
+                failpoint!(SNAPSHOT_RECEIVING, group);
             }
             None => break,
         }

@@ -13,6 +13,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use verdict_failpoints::failpoint;
 use verdict_protocol::ids::GroupId;
 
 use crate::{
@@ -147,7 +148,9 @@ impl Snapshots {
             cursor.next();
         }
         cursor.status()?;
+        failpoint!(SNAPSHOT_BUILDING, self.group.0, fails)?;
         writer.finish()?;
+        failpoint!(SNAPSHOT_BEFORE_RENAME, self.group.0, fails)?;
         self.publish(&path, meta)
     }
 
@@ -168,6 +171,7 @@ impl Snapshots {
         let index = meta.last_log_id.map_or(0, |id| id.index);
         let name = self.directory.join(format!("{:08}-{index:020}.snapshot", self.group.0));
         self.storage.rename(path, &name)?;
+        failpoint!(SNAPSHOT_RENAMED, self.group.0, fails)?;
         let file = SnapshotFile::open(&*self.storage, name.clone())?;
         let before = current.replace((meta.clone(), file.clone()));
         if let Some((_, before)) = before
@@ -190,6 +194,7 @@ impl Snapshots {
                 batch.put(Table::State, &[&start, key].concat(), value);
             }
             batch.write()?;
+            failpoint!(INSTALL_LOADING, self.group.0, fails)?;
         }
         Ok(reader.header.meta)
     }

@@ -19,6 +19,7 @@ use std::{
 
 use openraft::storage::IOFlushed;
 use tokio::sync::{mpsc, oneshot};
+use verdict_failpoints::failpoint;
 
 use crate::{
     acknowledged::{Acknowledged, Mark},
@@ -43,6 +44,19 @@ pub(crate) enum Operation {
     Vote { log: Arc<GroupLog>, vote: Vote, done: Done },
     Meta { key: Vec<u8>, value: Vec<u8>, done: Done },
     Stop,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Append,
+    Truncate,
+    Purge,
+    Vote,
+}
+
+/// The groups to which that is done.
+fn of(done: &[(Kind, u32)], kind: Kind) -> impl Iterator<Item = u32> + '_ {
+    done.iter().filter(move |(done, _)| *done == kind).map(|(_, group)| *group)
 }
 
 /// Who waits for a batch, in order.
@@ -165,14 +179,23 @@ impl Worker {
         let marks: Vec<(u32, Mark)> = batch.logs.iter().map(|log| (log.group().0, log.queued())).collect();
         if batch.truncates {
             self.acknowledged.update(&marks, true)?;
+            failpoint!(TRUNCATE_MARKED, any of(&batch.done, Kind::Truncate));
         }
+        failpoint!(LOG_BEFORE_WRITE, any of(&batch.done, Kind::Append), fails)?;
         batch.changes.write()?;
+        failpoint!(LOG_BEFORE_SYNC, any of(&batch.done, Kind::Append), fails)?;
         // Apart from the write, so that writers of state needn't wait for the disk.
         self.disk.tables().sync_in_time().await?;
         if self.fail.swap(false, Ordering::AcqRel) {
             return Err(io::Error::other("injected failure"));
         }
-        self.acknowledged.update(&marks, false)
+        failpoint!(LOG_SYNCED, any of(&batch.done, Kind::Append));
+        self.acknowledged.update(&marks, false)?;
+        failpoint!(LOG_ACKNOWLEDGED, any of(&batch.done, Kind::Append));
+        failpoint!(VOTE_SAVED, any of(&batch.done, Kind::Vote));
+        failpoint!(TRUNCATE_SYNCED, any of(&batch.done, Kind::Truncate));
+        failpoint!(PURGE_SYNCED, any of(&batch.done, Kind::Purge));
+        Ok(())
     }
 }
 
@@ -181,11 +204,19 @@ struct Batch {
     waiting: Vec<Waiting>,
     logs: Vec<Arc<GroupLog>>,
     truncates: bool,
+    /// What is done to which group, for failpoints.
+    done: Vec<(Kind, u32)>,
 }
 
 impl Batch {
     fn new(disk: &Disk) -> Batch {
-        Batch { changes: disk.tables().batch(), waiting: Vec::new(), logs: Vec::new(), truncates: false }
+        Batch {
+            changes: disk.tables().batch(),
+            waiting: Vec::new(),
+            logs: Vec::new(),
+            truncates: false,
+            done: Vec::new(),
+        }
     }
 
     fn has_room(&self) -> bool {
@@ -203,7 +234,7 @@ impl Batch {
                 if let Some(last) = entries.last() {
                     log.set_queued_last(last.log_id.index);
                 }
-                self.note(&log);
+                self.note(&log, Kind::Append);
                 self.waiting.push(Waiting::Flushed(log, sequence, done));
             }
             Operation::Truncate { log, from, to, done } => {
@@ -212,7 +243,7 @@ impl Batch {
                 }
                 log.set_queued_last(from.saturating_sub(1));
                 self.truncates = true;
-                self.note(&log);
+                self.note(&log, Kind::Truncate);
                 self.waiting.push(Waiting::Done(done));
             }
             Operation::Purge { log, from, upto, done } => {
@@ -224,14 +255,14 @@ impl Batch {
                 let key = group_key(group, GroupKey::Purged);
                 self.changes.put(Table::Meta, &key, &seal(&key, &upto));
                 log.raise_queued_last(upto.index);
-                self.note(&log);
+                self.note(&log, Kind::Purge);
                 self.waiting.push(Waiting::Done(done));
             }
             Operation::Vote { log, vote, done } => {
                 let key = group_key(log.group(), GroupKey::Vote);
                 self.changes.put(Table::Meta, &key, &seal(&key, &vote));
                 log.set_queued_vote(vote.leader_id.term);
-                self.note(&log);
+                self.note(&log, Kind::Vote);
                 self.waiting.push(Waiting::Done(done));
             }
             Operation::Meta { key, value, done } => {
@@ -243,7 +274,8 @@ impl Batch {
         false
     }
 
-    fn note(&mut self, log: &Arc<GroupLog>) {
+    fn note(&mut self, log: &Arc<GroupLog>, kind: Kind) {
+        self.done.push((kind, log.group().0));
         if !self.logs.iter().any(|noted| noted.group() == log.group()) {
             self.logs.push(log.clone());
         }

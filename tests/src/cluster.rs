@@ -50,11 +50,20 @@ pub struct Settings {
     pub shard_replicas: String,
     /// Whether strace writes down the synced writes.
     pub traced: bool,
+    /// Whether failpoints can be armed.
+    pub failpoints: bool,
 }
 
 impl Default for Settings {
     fn default() -> Settings {
-        Settings { nodes: 3, shards: 3, lines: String::new(), shard_replicas: String::new(), traced: false }
+        Settings {
+            nodes: 3,
+            shards: 3,
+            lines: String::new(),
+            shard_replicas: String::new(),
+            traced: false,
+            failpoints: false,
+        }
     }
 }
 
@@ -75,6 +84,8 @@ struct Process {
     data: PathBuf,
     log: PathBuf,
     trace: Option<PathBuf>,
+    /// Says what is armed.
+    failpoints: Option<PathBuf>,
     child: Option<Child>,
     channel: Channel,
 }
@@ -113,6 +124,7 @@ impl Process {
             data,
             log: path(format!("node-{node}.log")),
             trace: settings.traced.then(|| path(format!("node-{node}.strace"))),
+            failpoints: settings.failpoints.then(|| path(format!("node-{node}.failpoints"))),
             child: None,
         }
     }
@@ -273,6 +285,9 @@ impl Cluster {
         assert!(process.child.is_none(), "node {node} runs already");
         let log = OpenOptions::new().create(true).append(true).open(&process.log).expect("open a log");
         command.arg("node").arg("--config").arg(&process.config).stdin(Stdio::null());
+        if let Some(path) = &process.failpoints {
+            command.env(verdict_failpoints::VARIABLE, format!("@{}", path.display()));
+        }
         command.stdout(log.try_clone().expect("use the log twice")).stderr(log);
         process.child = Some(command.spawn().expect("start a node"));
     }
@@ -296,6 +311,28 @@ impl Cluster {
             thread::sleep(Duration::from_millis(10));
         }
         panic!("node {node} has not ended within {END_WITHIN:?}");
+    }
+
+    /// Arms exactly these failpoints of a node, as `verdict_failpoints` reads them; it need not run. The cluster must have been started
+    /// with failpoints.
+    pub fn arm(&self, node: u64, orders: &str) {
+        let path = self.process(node).failpoints.as_ref().expect("this cluster has failpoints");
+        let aside = path.with_extension("new");
+        fs::write(&aside, orders).expect("write what is armed");
+        fs::rename(&aside, path).expect("put it into place");
+    }
+
+    /// Whether a process has ended by itself. Then it can be started again.
+    pub fn has_ended(&mut self, node: u64) -> Option<ExitStatus> {
+        let process = self.process_mut(node);
+        let status = process.child.as_mut()?.try_wait().expect("look at a process")?;
+        process.child = None;
+        Some(status)
+    }
+
+    /// Whether a process was started and has not been seen to end.
+    pub fn runs(&self, node: u64) -> bool {
+        self.process(node).child.is_some()
     }
 
     /// Freezes a process (SIGSTOP).
@@ -508,8 +545,10 @@ pub fn free_address() -> String {
 pub fn program() -> PathBuf {
     let program = env::var_os("VERDICT_BIN").map(PathBuf::from).unwrap_or_else(|| {
         let this = env::current_exe().expect("this program has a path");
-        let debug = this.parent().and_then(Path::parent).expect("test programs lie in debug/deps");
-        debug.join("verdict")
+        // Programs lie in debug/, test programs in debug/deps/.
+        let beside = this.with_file_name("verdict");
+        let debug = this.parent().and_then(Path::parent).expect("programs lie somewhere");
+        if beside.exists() { beside } else { debug.join("verdict") }
     });
     assert!(program.exists(), "{} is missing: run `cargo build -p verdict` first", program.display());
     program

@@ -2,6 +2,7 @@
 //!
 //! - [`cluster`]: node processes that are started, killed, stopped, frozen, and watched from outside;
 //! - [`api`]: calls and values, by the generated types alone;
+//! - [`failpoints`]: kills at named places, and how soon the others go on;
 //! - [`proxy`]: a way to a node on which replies get lost;
 //! - [`ledger`]: a load of transfers, and the account of what was answered;
 //! - [`bank`]: a load of all kinds of batches and of reads; [`promises`] judges what it was told;
@@ -12,6 +13,7 @@
 pub mod api;
 pub mod bank;
 pub mod cluster;
+pub mod failpoints;
 pub mod ledger;
 pub mod promises;
 pub mod proxy;
