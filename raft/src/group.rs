@@ -505,7 +505,14 @@ async fn watch_leadership<M: Machine>(
             changed
         });
         tokio::select! {
-            changed = metrics.changed() => if changed.is_err() { return },
+            changed = metrics.changed() => if changed.is_err() {
+                // It ends with the host, or by a panic.
+                if !*node.stop.borrow() {
+                    node.fatal.raise(&format!("Raft group {group} has ended"));
+                }
+                announce.send_replace(Leadership::default());
+                return;
+            },
             // The applied index matters only while this replica waits to serve.
             changed = applied.changed(), if !now.is_leader => if changed.is_err() { return },
             () = sleep(LEADERSHIP_TICK) => {}

@@ -429,6 +429,40 @@ async fn a_damaged_or_missing_entry_is_refused_at_start() {
     cluster.stop_all().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_ends_before_what_was_applied_leaves_no_hole_behind_the_snapshot() {
+    let mut cluster = Cluster::start_three(Limits::default()).await;
+    for call in 0..20 {
+        cluster.propose(&format!("a={call}")).await;
+    }
+    let leader = cluster.leader().await;
+    let lagging = (1..=3).find(|node| *node != leader).unwrap();
+    cluster.converge().await;
+    let older = cluster.group(lagging).trigger_snapshot().await.unwrap();
+    for call in 0..20 {
+        cluster.propose(&format!("b={call}")).await;
+    }
+    let position = cluster.converge().await;
+    cluster.stop(lagging).await;
+    // As a kill leaves it if the others are quicker: applied, and the last entries not yet written here.
+    {
+        let db = open_database(&cluster.path(lagging));
+        for index in position.index - 4..=position.index {
+            let key = [&0_u32.to_be_bytes()[..], &index.to_be_bytes()].concat();
+            db.delete_cf(db.cf_handle("log").unwrap(), key).unwrap();
+        }
+        db.delete_cf(db.cf_handle("meta").unwrap(), [0x10, 0, 0, 0, 0, 3]).unwrap();
+    }
+    std::fs::remove_file(cluster.path(lagging).join("acknowledged")).unwrap();
+    cluster.start(lagging).await;
+    cluster.propose("c=0").await;
+    cluster.converge().await;
+    let status = cluster.group(lagging).status();
+    assert!(status.purged_index > older, "the log was not dropped, nothing was tested: {status:?}");
+    assert!(status.snapshot_index >= status.purged_index, "what is dropped is in no snapshot: {status:?}");
+    cluster.stop_all().await;
+}
+
 /// The newest write-ahead log with something in it.
 fn write_ahead_log(path: &Path) -> PathBuf {
     let files = std::fs::read_dir(path.join("db")).unwrap().map(|entry| entry.unwrap().path());
