@@ -33,6 +33,7 @@ use verdict_protocol::{
     batch::{Batch, Placement, RowKey},
     coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply, Opened},
     ids::{BatchId, ContentHash, Epoch, GroupId, NodeId, Stamp},
+    ids::{BatchId, ContentHash, NodeId, Stamp},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::encode,
     messages::FromShard,
@@ -510,7 +511,7 @@ impl Reign<'_> {
     }
 
     fn record(&mut self, act: Act) {
-        pile(&mut self.act_waiting, act);
+        self.act_waiting.pile(act);
         if self.act_waiting.is_empty() || self.acts.len() >= ACTS_IN_FLIGHT_MAX {
             return;
         }
@@ -599,37 +600,5 @@ impl Decisions for Lookup<'_> {
                 Remembered::Nothing
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use verdict_protocol::ids::Millis;
-
-    use super::*;
-
-    #[test]
-    fn what_piles_up_is_recorded_in_order_and_with_the_highest_marks() {
-        let id = |n: u64| BatchId::from_parts(Millis(n), [0; 10]);
-        let mut waiting = Act::default();
-        assert!(waiting.is_empty());
-        pile(
-            &mut waiting,
-            Act { epoch: Epoch(3), finished: vec![id(1)], ceiling: Some(Stamp(5)), ..Act::default() },
-        );
-        pile(
-            &mut waiting,
-            Act {
-                epoch: Epoch(3),
-                finished: vec![id(2)],
-                horizon: Some(Millis(9)),
-                crowded: Some(Millis(4)),
-                ..Act::default()
-            },
-        );
-        assert_eq!(waiting.epoch, Epoch(3));
-        assert_eq!(waiting.finished, vec![id(1), id(2)]);
-        assert_eq!((waiting.ceiling, waiting.horizon), (Some(Stamp(5)), Some(Millis(9))));
-        assert_eq!(waiting.crowded, Some(Millis(4)));
     }
 }

@@ -18,6 +18,7 @@ use verdict_proto::convert::{from_shard_to_wire, not_leader_to_wire};
 use verdict_protocol::{
     ids::{Epoch, GroupId, Millis, NodeId, ShardId},
     machine::encode,
+    merge::merge,
     messages::{FromShard, HeldPart, ToShard, VoteKind},
     shard::{Shard, ShardEntry, ShardReply},
 };
@@ -26,7 +27,6 @@ use verdict_raft::{Applied, Group, Leadership, ProposeError};
 use crate::{
     ParticipantLimits,
     limiter::Limiter,
-    merge::merge,
     now,
     streams::{StreamHandle, Streams},
 };

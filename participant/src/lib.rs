@@ -31,7 +31,6 @@
 mod check;
 mod driver;
 mod limiter;
-mod merge;
 mod reads;
 mod service;
 mod streams;

@@ -101,6 +101,24 @@ impl Act {
             && self.horizon.is_none()
             && self.crowded.is_none()
     }
+
+    /// Adds what is to be recorded behind what waits already. Both are of one epoch.
+    pub fn pile(&mut self, more: Act) {
+        debug_assert!(
+            self.epoch == Epoch(0) || self.epoch == more.epoch,
+            "what waits is dropped with its epoch"
+        );
+        self.epoch = more.epoch;
+        if self.decisions.is_empty() {
+            self.decisions = more.decisions;
+        } else {
+            self.decisions.extend(more.decisions);
+        }
+        self.finished.extend(more.finished);
+        self.ceiling = self.ceiling.max(more.ceiling);
+        self.horizon = self.horizon.max(more.horizon);
+        self.crowded = self.crowded.max(more.crowded);
+    }
 }
 
 /// What applying an entry answers to its proposer.
@@ -520,4 +538,33 @@ fn position_of(key: &[u8]) -> u64 {
 
 fn id_of(value: &[u8]) -> BatchId {
     BatchId(value.try_into().expect("an id has 16 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_piles_up_is_recorded_in_order_and_with_the_highest_marks() {
+        let id = |n: u64| BatchId::from_parts(Millis(n), [0; 10]);
+        let mut waiting = Act::default();
+        assert!(waiting.is_empty());
+        waiting.pile(Act {
+            epoch: Epoch(3),
+            finished: vec![id(1)],
+            ceiling: Some(Stamp(5)),
+            ..Act::default()
+        });
+        waiting.pile(Act {
+            epoch: Epoch(3),
+            finished: vec![id(2)],
+            horizon: Some(Millis(9)),
+            crowded: Some(Millis(4)),
+            ..Act::default()
+        });
+        assert_eq!(waiting.epoch, Epoch(3));
+        assert_eq!(waiting.finished, vec![id(1), id(2)]);
+        assert_eq!((waiting.ceiling, waiting.horizon), (Some(Stamp(5)), Some(Millis(9))));
+        assert_eq!(waiting.crowded, Some(Millis(4)));
+    }
 }

@@ -14,6 +14,7 @@ pub mod coordinator;
 pub mod ids;
 pub mod leader;
 pub mod machine;
+pub mod merge;
 pub mod messages;
 pub mod plain;
 pub mod roster;

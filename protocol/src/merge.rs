@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use verdict_protocol::{
+use crate::{
     ids::{Epoch, GroupId},
     messages::ToShard,
 };
@@ -36,7 +36,7 @@ pub fn merge(messages: impl IntoIterator<Item = ToShard>) -> Vec<ToShard> {
 
 #[cfg(test)]
 mod tests {
-    use verdict_protocol::{
+    use crate::{
         ids::{BatchId, ContentHash, Number, Stamp},
         messages::{PartOutcome, Prepare},
     };
@@ -64,7 +64,7 @@ mod tests {
         };
         ToShard {
             coordinator: GroupId(0),
-            placement: verdict_protocol::batch::Placement { shards: 1 },
+            placement: crate::batch::Placement { shards: 1 },
             epoch: Epoch(epoch),
             mark: number(mark),
             history: Stamp(10 * mark),
