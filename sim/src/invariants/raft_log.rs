@@ -1,0 +1,59 @@
+//! Raft's log: all replicas apply the same entry at an index, what is committed is on the disks of a majority, and whoever is elected
+//! has it.
+
+use std::collections::BTreeMap;
+
+use verdict_protocol::ids::GroupId;
+
+use super::{Finding, Invariant};
+use crate::{
+    raft::Entry,
+    witness::{Facts, Seen},
+};
+
+/// Log matching, and durability of what is committed.
+#[derive(Debug, Default)]
+pub struct RaftLog {
+    committed: BTreeMap<GroupId, BTreeMap<u64, Entry>>,
+}
+
+impl Invariant for RaftLog {
+    fn name(&self) -> &'static str {
+        "Raft: log"
+    }
+
+    fn see(&mut self, seen: &Seen<'_>, _: &Facts) -> Finding {
+        match seen {
+            Seen::Entry { group, node, index, entry } => {
+                let known = self.committed.entry(*group).or_default();
+                match known.get(index) {
+                    Some(first) if first != *entry => Err(format!(
+                        "group {group}: n{node} applies an entry of term {} at {index}, another replica one of term {}",
+                        entry.term, first.term
+                    )),
+                    Some(_) => Ok(()),
+                    None => {
+                        known.insert(*index, (*entry).clone());
+                        Ok(())
+                    }
+                }
+            }
+            Seen::Elected { group, term, node, log } => {
+                let Some(known) = self.committed.get(group) else { return Ok(()) };
+                let (first, last) = (log.base.0, log.last().0);
+                for (index, entry) in known.range(first + 1..) {
+                    if *index > last || log.term_at(*index) != Some(entry.term) {
+                        return Err(format!(
+                            "group {group}: n{node} is elected in term {term} without the committed entry {index}"
+                        ));
+                    }
+                }
+                Ok(())
+            }
+            Seen::Copies { group, index, copies, voters } if *copies <= voters / 2 => Err(format!(
+                "group {group}: entry {index} counts as committed, but is on {copies} of {voters} disks"
+            )),
+            _ => Ok(()),
+        }
+    }
+}
