@@ -28,8 +28,10 @@ pub struct Record {
     pub question: Question,
     /// When it began.
     pub invoked: Time,
-    /// When an answer came that ends it.
+    /// When an answer came that ended it.
     pub answered: Option<Time>,
+    /// That answer.
+    pub end: Option<Answer>,
     /// How many calls it took.
     pub calls: usize,
     /// Every answer that came, late ones too.
@@ -112,7 +114,15 @@ impl Client {
             let Some(step) = self.next.take() else { return };
             let question = question(step.what, cx);
             let (client, invoked) = (self.id, cx.now);
-            let record = Record { client, question, invoked, answered: None, calls: 0, answers: Vec::new() };
+            let record = Record {
+                client,
+                question,
+                invoked,
+                answered: None,
+                end: None,
+                calls: 0,
+                answers: Vec::new(),
+            };
             let record = cx.witness.began(record);
             self.doing = Some(Doing { record, tries: 0, until: 0 });
         }
@@ -174,7 +184,7 @@ impl Client {
             self.wake_at(at, cx);
             return;
         }
-        cx.witness.ended(record, cx.now);
+        cx.witness.ended(record, answer, cx.now);
         self.doing = None;
         self.go_on(cx);
     }

@@ -382,11 +382,11 @@ fn faults(plan: &Plan, random: &mut Random) -> Vec<Fault> {
         .collect();
     // At all times some messages go wrong, in some runs few and in some many.
     let harsh = random.chance(3000);
-    let most = if harsh { 1_500 } else { 300 };
+    let most = if harsh { 1_500 } else { 400 };
     let what = Trouble::Net {
-        lost: random.range(30, most),
-        repeated: random.range(30, most),
-        delayed: random.range(30, most),
+        lost: random.range(80, most),
+        repeated: random.range(80, most),
+        delayed: random.range(80, most),
         delay_ms: *random.pick(&[50, 500, 5_000, 20_000]),
     };
     faults.push(Fault { at_ms: 200, for_ms: plan.faults_ms - 200, what });

@@ -299,8 +299,9 @@ impl Witness {
     }
 
     /// A client knows the end.
-    pub fn ended(&mut self, record: usize, now: Time) {
+    pub fn ended(&mut self, record: usize, answer: Answer, now: Time) {
         self.facts.records[record].answered = Some(now);
+        self.facts.records[record].end = Some(answer);
     }
 
     /// Whether nobody has applied this index of a group before.

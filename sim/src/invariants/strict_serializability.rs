@@ -79,7 +79,7 @@ fn rejections(facts: &Facts) -> Vec<Rejection<'_>> {
 /// The highest stamp that was answered before a time.
 fn answered_before(facts: &Facts, time: Time) -> Stamp {
     let ended = facts.records.iter().filter(|record| record.answered.is_some_and(|at| at < time));
-    ended.filter_map(|record| stamp_of(record.answers.last()?)).max().unwrap_or_default()
+    ended.filter_map(|record| stamp_of(record.end.as_ref()?)).max().unwrap_or_default()
 }
 
 /// The stamp that an answer has shown: of a commit, or the position of a read.
@@ -201,12 +201,9 @@ fn check_real_time(facts: &Facts) -> Finding {
         }
     }
     for (place, record) in facts.records.iter().enumerate() {
-        let (Some(at), Some(answer)) =
-            (record.answered, record.answers.iter().find(|one| stamp_of(one).is_some()))
-        else {
+        let (Some(at), Some(stamp)) = (record.answered, record.end.as_ref().and_then(stamp_of)) else {
             continue;
         };
-        let Some(stamp) = stamp_of(answer) else { continue };
         ended.push((at, stamp));
         match record.submitted() {
             Some((batch, _)) => began.push((first[&batch.id], stamp, true, place)),
