@@ -360,10 +360,10 @@ fn settings(random: &mut Random) -> Settings {
         snapshot_after: random.range(15, 120),
         keep_entries: random.range(0, 20),
         flush_after: random.range(5, 80),
-        parts_max: if random.chance(8000) { 1000 } else { random.range(4, 12) as u32 },
-        arrivals_max: if random.chance(9000) { 1000 } else { random.range(3, 10) as usize },
+        parts_max: if random.chance(8000) { 1000 } else { random.range(1, 4) as u32 },
+        arrivals_max: if random.chance(9000) { 1000 } else { random.range(1, 4) as usize },
         entries_in_flight_max: random.range(1, 16) as usize,
-        batches_max: if random.chance(9000) { 1000 } else { random.range(4, 8) as usize },
+        batches_max: if random.chance(9000) { 1000 } else { random.range(1, 3) as usize },
         timeout_ms: random.range(1_500, 4_000) as u32,
         retention_ms: if short { random.range(3_000, 10_000) } else { 24 * 3_600_000 },
         future_max_ms: if random.chance(5000) { 600_000 } else { 24 * 3_600_000 },
@@ -382,14 +382,14 @@ fn faults(plan: &Plan, random: &mut Random) -> Vec<Fault> {
         .collect();
     // At all times some messages go wrong, in some runs few and in some many.
     let harsh = random.chance(3000);
-    let most = if harsh { 1_500 } else { 400 };
+    let most = if harsh { 1_500 } else { 600 };
     let what = Trouble::Net {
-        lost: random.range(80, most),
-        repeated: random.range(80, most),
-        delayed: random.range(80, most),
+        lost: random.range(250, most),
+        repeated: random.range(250, most),
+        delayed: random.range(250, most),
         delay_ms: *random.pick(&[50, 500, 5_000, 20_000]),
     };
-    faults.push(Fault { at_ms: 200, for_ms: plan.faults_ms - 200, what });
+    faults.push(Fault { at_ms: 0, for_ms: plan.faults_ms, what });
     faults.sort_by_key(|fault| fault.at_ms);
     faults
 }

@@ -30,11 +30,15 @@ impl Invariant for ExactlyOnce {
             // Held before the entry, told to commit by it, and not held any more: that was an effect.
             Seen::Shard { shard, entry, machine, .. } => {
                 let now: BTreeSet<_> = machine.held().map(|held| (*shard, held.part.id)).collect();
-                for outcome in entry.messages.iter().flat_map(|message| &message.outcomes) {
-                    let key = (*shard, outcome.id);
-                    let effect = outcome.commit.is_some() && self.held.contains(&key) && !now.contains(&key);
+                // One entry may tell the same outcome more than once.
+                let outcomes = entry.messages.iter().flat_map(|message| &message.outcomes);
+                let committed: BTreeSet<BatchId> =
+                    outcomes.filter(|outcome| outcome.commit.is_some()).map(|outcome| outcome.id).collect();
+                for id in committed {
+                    let key = (*shard, id);
+                    let effect = self.held.contains(&key) && !now.contains(&key);
                     if effect && !self.effects.insert(key) {
-                        return Err(format!("{} takes effect a second time at shard {shard}", outcome.id));
+                        return Err(format!("{id} takes effect a second time at shard {shard}"));
                     }
                 }
                 self.held.retain(|(other, _)| other != shard);
