@@ -11,6 +11,8 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 ARGS ?=
 
 .PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim-stack failpoints
+.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim-stack
+.PHONY: help sim bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +26,9 @@ check: ## Visits every state of small clusters; ARGS=--full the large ones, ARGS
 drill: setup ## Lets things die and break while trades settle, and reports: `make drill ARGS="kill-coordinator --out r.html"`
 	$(WITH_ROCKSDB) cargo build --locked --release -p verdict-disk
 	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- drill $(or $(ARGS),kill-coordinator)
+
+sim: ## Simulates clusters under faults, for SECONDS=60 or SEEDS=10000; SEED=123 replays one with its trace, TWICE=1 runs each twice
+	cargo run --locked --quiet --release -p verdict-sim -- $(if $(SEED),--seed $(SEED),$(if $(SEEDS),--seeds $(SEEDS)) $(if $(SECONDS),--seconds $(SECONDS))) $(if $(TWICE),--twice) $(ARGS)
 
 bugs: ## Puts each bug of bugs/ into a copy of the tree, and shows the test that catches it; ONLY=B07 those of one class
 	scripts/bugs.sh $(ONLY) $(ARGS)

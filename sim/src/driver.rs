@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Instant};
 
 use verdict_protocol::{
     batch::Placement,
-    coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply},
+    coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply, Keep},
     ids::{BatchId, Epoch, GroupId, Millis, NodeId, ShardId},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::encode,
@@ -175,7 +175,8 @@ impl Driver {
             return self.rule(host, wall, arrivals, outcomes, cx);
         }
         if matches!(self.stage, Stage::Following) && serves {
-            let entry = CoordinatorEntry::Open { node: self.node, placement: self.placement };
+            let keep = config(self.placement, cx).keep;
+            let entry = CoordinatorEntry::Open { node: self.node, placement: self.placement, keep };
             let term = host.raft.term;
             self.stage = Stage::Opening { term };
             // Nobody waits for what an earlier epoch of this node proposed.
@@ -224,7 +225,10 @@ impl Driver {
 
 fn config(placement: Placement, cx: &Context) -> LeaderConfig {
     let settings = &cx.plan.settings;
+    let (decisions_max, young_ms, history_max) = settings.keep;
     LeaderConfig {
+        keep: Keep { decisions_max, history_max },
+        young_ms,
         batches_max: settings.batches_max,
         retention_ms: settings.retention_ms,
         future_max_ms: settings.future_max_ms,
@@ -250,8 +254,8 @@ impl Reign {
         for outcome in outcomes {
             self.acts -= 1;
             match outcome {
-                Outcome::Applied(_, CoordinatorReply::Acted { decisions, ceiling, horizon }) => {
-                    self.step(Event::Applied { decisions, ceiling, horizon }, round)?;
+                Outcome::Applied(_, CoordinatorReply::Acted(acted)) => {
+                    self.step(Event::Applied(acted), round)?;
                 }
                 Outcome::Applied(..) | Outcome::Unknown => return Err(Lost),
             }

@@ -69,6 +69,8 @@ pub struct Settings {
     pub timeout_ms: u32,
     /// How long decisions are remembered, in milliseconds.
     pub retention_ms: u64,
+    /// How many decisions are remembered, at least for so many milliseconds, and commits whose replaced versions are kept.
+    pub keep: (u64, u64, u64),
     /// How far ids may lie ahead, in milliseconds.
     pub future_max_ms: u64,
 }
@@ -366,6 +368,11 @@ fn settings(random: &mut Random) -> Settings {
         batches_max: if random.chance(9000) { 1000 } else { random.range(1, 3) as usize },
         timeout_ms: random.range(1_500, 4_000) as u32,
         retention_ms: if short { random.range(3_000, 10_000) } else { 24 * 3_600_000 },
+        keep: if random.chance(7000) {
+            (10_000_000, 120_000, 10_000_000)
+        } else {
+            (random.range(3, 40), random.range(200, 4_000), random.range(1, 40))
+        },
         future_max_ms: if random.chance(5000) { 600_000 } else { 24 * 3_600_000 },
     }
 }

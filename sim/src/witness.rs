@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, rc::Rc};
 
 use verdict_protocol::{
     batch::Batch,
-    coordinator::{Coordinator, CoordinatorEntry, CoordinatorReply},
+    coordinator::{Acted, Coordinator, CoordinatorEntry, CoordinatorReply},
     ids::{BatchId, ContentHash, GroupId, NodeId, ShardId},
     machine::{Machine, Position, decode},
     messages::Decision,
@@ -238,7 +238,7 @@ impl Witness {
             }
         }
         match seen {
-            Seen::Coordinator { reply: CoordinatorReply::Acted { decisions, .. }, .. } => {
+            Seen::Coordinator { reply: CoordinatorReply::Acted(Acted { decisions, .. }), .. } => {
                 for decision in decisions {
                     let place = self.facts.decisions.len();
                     let recorded = Recorded { decision: decision.clone(), place, at: now };
@@ -341,7 +341,7 @@ impl Watched for Coordinator {
         cx.witness.see(cx.now, &Seen::Applied { group: host.group, node: host.node(), position });
         if cx.witness.is_first(host.group, index) {
             let entry: CoordinatorEntry = decode("entry", command).expect("was just applied");
-            if let CoordinatorReply::Acted { decisions, .. } = reply {
+            if let CoordinatorReply::Acted(Acted { decisions, .. }) = reply {
                 for decision in decisions {
                     cx.trace
                         .line(cx.now, || format!("decided: {}", verdict_protocol::show::decision(decision)));

@@ -54,9 +54,14 @@ impl Invariant for Atomicity {
             }
         }
         for (row, expected) in expected {
-            let found = rest.history(facts, row);
+            let (found, oldest) = rest.history(facts, row);
             let found: Vec<_> = found.iter().map(|change| (change.stamp, change.id)).collect();
-            let expected: Vec<_> = expected.into_iter().collect();
+            // Below that stamp only some may be left; all above have to be there.
+            let (old, found): (Vec<_>, Vec<_>) = found.into_iter().partition(|(stamp, _)| *stamp < oldest);
+            if let Some((stamp, id)) = old.iter().find(|change| !expected.contains(change)) {
+                return Err(format!("row {row:?} was changed by {id} at {stamp}, which is no commit of it"));
+            }
+            let expected: Vec<_> = expected.into_iter().filter(|(stamp, _)| *stamp >= oldest).collect();
             if found != expected {
                 return Err(format!("row {row:?} was changed by {found:?}, committed are {expected:?}"));
             }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use verdict_protocol::{
-    coordinator::{Coordinator, CoordinatorReply},
+    coordinator::{Acted, Coordinator, CoordinatorReply},
     ids::NodeId,
     messages::Decision,
     store::MemoryStore,
@@ -44,7 +44,7 @@ impl Invariant for DecisionNeverChanges {
 
     fn see(&mut self, seen: &Seen<'_>, facts: &Facts) -> Finding {
         match seen {
-            Seen::Coordinator { reply: CoordinatorReply::Acted { decisions, .. }, .. } => {
+            Seen::Coordinator { reply: CoordinatorReply::Acted(Acted { decisions, .. }), .. } => {
                 decisions.iter().try_for_each(|decision| same(facts, decision, "recorded"))
             }
             Seen::CoordinatorOpened { node, machine, store } => remembers(facts, *node, machine, store),

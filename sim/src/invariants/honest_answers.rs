@@ -39,6 +39,20 @@ fn says_nothing_was_proposed(answer: &Answer) -> bool {
     )
 }
 
+/// What was refused as too old doesn't commit later either.
+fn too_old_is_final(facts: &Facts) -> Finding {
+    for record in &facts.records {
+        if let Some(Answer::Told(Reply::Refused(Refusal::TooOld { .. }))) = record.end
+            && let Some(recorded) = record.id().and_then(|id| facts.decisions.get(&id))
+            && recorded.decision.result.is_ok()
+            && record.answered.is_some_and(|answered| recorded.at > answered)
+        {
+            return Err(format!("{} was refused as too old, and committed later", recorded.decision.id));
+        }
+    }
+    Ok(())
+}
+
 impl Invariant for HonestAnswers {
     fn name(&self) -> &'static str {
         "honest answers"
@@ -67,6 +81,7 @@ impl Invariant for HonestAnswers {
 
     /// A batch of which every call was answered, and each with "nothing was proposed", is not committed.
     fn rest(&mut self, _: &Rest<'_>, facts: &Facts) -> Finding {
+        too_old_is_final(facts)?;
         for recorded in facts.committed() {
             let decision = &recorded.decision;
             let mine = |record: &&Record| {

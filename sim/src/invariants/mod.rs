@@ -93,14 +93,14 @@ impl Rest<'_> {
         row_in(machine, store, row)
     }
 
-    /// All changes of a row.
-    pub fn history(&self, facts: &Facts, row: &RowKey) -> Vec<RowChange> {
+    /// All changes of a row that are kept, and from which stamp on these are all.
+    pub fn history(&self, facts: &Facts, row: &RowKey) -> (Vec<RowChange>, Stamp) {
         let shards = verdict_protocol::batch::Placement { shards: facts.plan.shards() };
         let (_, machine, store) =
             self.replicas(shards.shard_of(row.partition())).next().expect("every shard has replicas");
         let query = ShardQuery::History { row: row.clone(), from: Stamp(0), limit: usize::MAX };
         match look(machine, store, query) {
-            ShardReadAnswer::History { changes, .. } => changes,
+            ShardReadAnswer::History { changes, oldest, .. } => (changes, oldest),
             other => panic!("a history was answered with {other:?}"),
         }
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use verdict_protocol::{
-    coordinator::CoordinatorReply,
+    coordinator::{Acted, CoordinatorReply},
     ids::{BatchId, Number, ShardId},
     messages::VoteKind,
 };
@@ -66,7 +66,7 @@ impl Invariant for VoteDurability {
                 self.promised.extend(held.into_iter().map(|(id, number)| ((*shard, id), number)));
                 Ok(())
             }
-            Seen::Coordinator { reply: CoordinatorReply::Acted { decisions, .. }, .. } => {
+            Seen::Coordinator { reply: CoordinatorReply::Acted(Acted { decisions, .. }), .. } => {
                 for decision in decisions {
                     if decision.result.is_err() || facts.decisions.contains_key(&decision.id) {
                         continue;
