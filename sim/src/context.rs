@@ -81,6 +81,8 @@ pub enum Timer {
 pub struct Network {
     /// Links on which nothing arrives, with how often they were cut, and of these how often one way only.
     pub cut: BTreeMap<(NodeId, NodeId), (u32, u32)>,
+    /// Replicas whose Raft messages are lost, while all else arrives, by fault.
+    pub deaf: BTreeMap<usize, (GroupId, NodeId)>,
     /// Periods in which messages go wrong, by fault: lost, repeated, delayed, delay in milliseconds.
     pub wrong: BTreeMap<usize, (u64, u64, u64, u64)>,
     /// The last packet sent, and the last one delivered, on each link.
@@ -161,6 +163,12 @@ impl Context {
             && let Some((_, one_way)) = self.network.cut.get(&(one, other))
         {
             self.tally.count(if *one_way > 0 { Fired::CutOneWay } else { Fired::Cut });
+            return;
+        }
+        if let (Place::Node(one), Place::Node(other), Packet::Raft(group, _)) = (from, to, &packet)
+            && self.network.deaf.values().any(|deaf| deaf == &(*group, one) || deaf == &(*group, other))
+        {
+            self.tally.count(Fired::Deaf);
             return;
         }
         // Mostly fast, sometimes not.

@@ -19,6 +19,7 @@ fired! {
     Overtaken => "late message overtaken by later ones",
     Cut => "message lost in a two-way partition",
     CutOneWay => "message lost in a one-way partition",
+    Deaf => "Raft message of one group lost",
     Kill => "process killed",
     PowerLoss => "node lost power",
     LeaderDied => "the dead node led a group",

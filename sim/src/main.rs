@@ -14,8 +14,9 @@ use std::{
 
 use clap::Parser;
 use verdict_sim::{
-    plan::Plan,
-    run::{FAULTS_MIN, Sum, run},
+    plan::{FAULTS_MIN, Plan},
+    raft::Defect,
+    run::{Sum, run},
     shrink::shrink,
     trace::Trace,
     world::Report,
@@ -39,6 +40,9 @@ struct Arguments {
     /// Run the plan in this file, with a trace.
     #[arg(long)]
     plan: Option<PathBuf>,
+    /// Put this bug into the model of Raft (SyncForgotten and others, see raft.rs): the checks must find it.
+    #[arg(long)]
+    defect: Option<String>,
     /// Without the trace: only what came out.
     #[arg(long)]
     quiet: bool,
@@ -71,14 +75,29 @@ fn main() -> ExitCode {
         }
         (None, seed) => seed.map(Plan::of_seed),
     };
+    let defect = match arguments.defect.as_ref().map(|name| serde_json::from_value(name.clone().into())) {
+        None => Defect::None,
+        Some(Ok(defect)) => defect,
+        Some(Err(error)) => {
+            eprintln!("--defect: {error}");
+            return ExitCode::from(2);
+        }
+    };
     match one {
-        Some(plan) => replay(&plan, &arguments),
+        Some(plan) => replay(&with(plan, defect), &arguments),
         None => {
             // A panic is told with its seed.
             std::panic::set_hook(Box::new(|_| {}));
-            many(&arguments)
+            many(&arguments, defect)
         }
     }
+}
+
+fn with(mut plan: Plan, defect: Defect) -> Plan {
+    if defect != Defect::None {
+        plan.settings.defect = defect;
+    }
+    plan
 }
 
 /// One run, with a trace.
@@ -105,7 +124,7 @@ fn replay(plan: &Plan, arguments: &Arguments) -> ExitCode {
 }
 
 /// Very many runs, on all cores.
-fn many(arguments: &Arguments) -> ExitCode {
+fn many(arguments: &Arguments, defect: Defect) -> ExitCode {
     let began = Instant::now();
     let seconds = match (arguments.seconds, arguments.seeds) {
         (None, None) => Some(60),
@@ -126,7 +145,7 @@ fn many(arguments: &Arguments) -> ExitCode {
             if seed >= last {
                 break;
             }
-            let report = run_one(seed, arguments.twice);
+            let report = run_one(&with(Plan::of_seed(seed), defect), arguments.twice);
             if report.violation.is_some() {
                 stop.store(true, Ordering::Relaxed);
             }
@@ -148,13 +167,12 @@ fn many(arguments: &Arguments) -> ExitCode {
     }
     let sum = sum.into_inner().expect("all threads have ended");
     println!("{}", sum.show(began.elapsed().as_secs_f64()));
-    conclude(&sum, arguments)
+    conclude(&sum, arguments, defect)
 }
 
-fn run_one(seed: u64, twice: bool) -> Report {
-    let plan = Plan::of_seed(seed);
-    let mut report = run(&plan, Trace::silent());
-    if twice && run(&plan, Trace::silent()).hash != report.hash {
+fn run_one(plan: &Plan, twice: bool) -> Report {
+    let mut report = run(plan, Trace::silent());
+    if twice && run(plan, Trace::silent()).hash != report.hash {
         let text = "a second run had another trace".to_owned();
         let violation = verdict_sim::witness::Violation { invariant: "determinism".to_owned(), text, at: 0 };
         report.violation = report.violation.or(Some(violation));
@@ -162,7 +180,7 @@ fn run_one(seed: u64, twice: bool) -> Report {
     report
 }
 
-fn conclude(sum: &Sum, arguments: &Arguments) -> ExitCode {
+fn conclude(sum: &Sum, arguments: &Arguments, defect: Defect) -> ExitCode {
     let Some(failed) = sum.failed.iter().min_by_key(|report| report.seed) else {
         if sum.seeds > 0 && sum.mildest.0 < FAULTS_MIN {
             println!("seed {} had only {} faults, each must have {FAULTS_MIN}", sum.mildest.1, sum.mildest.0);
@@ -177,7 +195,7 @@ fn conclude(sum: &Sum, arguments: &Arguments) -> ExitCode {
     if arguments.no_shrink {
         return ExitCode::FAILURE;
     }
-    let (plan, tries) = shrink(&Plan::of_seed(failed.seed));
+    let (plan, tries) = shrink(&with(Plan::of_seed(failed.seed), defect));
     let steps: usize = plan.clients.iter().map(Vec::len).sum();
     println!("after {tries} tries {} faults and {steps} steps of clients are left", plan.faults.len());
     let path = arguments.out.join(format!("seed-{}.json", failed.seed));

@@ -17,6 +17,9 @@ use crate::{
 /// When a run begins, by a clock that is right.
 pub const START: Millis = Millis(1_700_000_000_000);
 
+/// Faults that every run has at least.
+pub const FAULTS_MIN: u64 = 50;
+
 /// The account that most trades pay their fee to.
 pub const HOT: &str = "exchange/USD";
 
@@ -33,6 +36,8 @@ pub struct Plan {
     pub settings: Settings,
     /// For how long faults come, in milliseconds.
     pub faults_ms: u64,
+    /// They go on, with messages that go wrong, until there were so many.
+    pub faults_min: u64,
     /// The faults.
     pub faults: Vec<Fault>,
     /// What each client does, one after the other.
@@ -140,6 +145,11 @@ pub enum Trouble {
     },
     /// Whoever leads a group is cut off both ways.
     IsolateLeader {
+        /// The group.
+        group: u32,
+    },
+    /// The Raft messages of whoever leads a group are lost, while all others arrive: it is deposed, and can still reach everybody.
+    Deaf {
         /// The group.
         group: u32,
     },
@@ -325,7 +335,16 @@ impl Plan {
         let seats = (0..=shards).map(|_| seats(nodes, random)).collect();
         let settings = settings(random);
         let faults_ms = random.range(2_500, 5_000);
-        let mut plan = Plan { seed, nodes, seats, settings, faults_ms, faults: vec![], clients: vec![] };
+        let mut plan = Plan {
+            seed,
+            nodes,
+            seats,
+            settings,
+            faults_ms,
+            faults_min: FAULTS_MIN,
+            faults: Vec::new(),
+            clients: Vec::new(),
+        };
         plan.faults = faults(&plan, random);
         plan.clients = clients(&plan, random);
         plan
@@ -359,12 +378,12 @@ fn settings(random: &mut Random) -> Settings {
         defect: Defect::None,
         latency: (random.range(50, 300), random.range(400, 8_000)),
         sync: (random.range(50, 200), random.range(300, 3_000)),
-        snapshot_after: random.range(15, 120),
-        keep_entries: random.range(0, 20),
+        snapshot_after: random.range(6, 80),
+        keep_entries: random.range(0, 8),
         flush_after: random.range(5, 80),
         parts_max: if random.chance(8000) { 1000 } else { random.range(1, 4) as u32 },
-        arrivals_max: if random.chance(9000) { 1000 } else { random.range(1, 4) as usize },
-        entries_in_flight_max: random.range(1, 16) as usize,
+        arrivals_max: if random.chance(9000) { 1000 } else { random.range(1, 2) as usize },
+        entries_in_flight_max: *random.pick(&[1, 1, 2, 16]),
         batches_max: if random.chance(9000) { 1000 } else { random.range(1, 3) as usize },
         timeout_ms: random.range(1_500, 4_000) as u32,
         retention_ms: if short { random.range(3_000, 10_000) } else { 24 * 3_600_000 },
@@ -378,7 +397,7 @@ fn settings(random: &mut Random) -> Settings {
 }
 
 fn faults(plan: &Plan, random: &mut Random) -> Vec<Fault> {
-    let count = random.range(12, 30);
+    let count = random.range(18, 36);
     let mut faults: Vec<Fault> = (0..count)
         .map(|_| {
             let at_ms = random.range(300, plan.faults_ms);
@@ -389,11 +408,11 @@ fn faults(plan: &Plan, random: &mut Random) -> Vec<Fault> {
         .collect();
     // At all times some messages go wrong, in some runs few and in some many.
     let harsh = random.chance(3000);
-    let most = if harsh { 1_500 } else { 600 };
+    let most = if harsh { 1_500 } else { 700 };
     let what = Trouble::Net {
-        lost: random.range(250, most),
-        repeated: random.range(250, most),
-        delayed: random.range(250, most),
+        lost: random.range(350, most),
+        repeated: random.range(350, most),
+        delayed: random.range(350, most),
         delay_ms: *random.pick(&[50, 500, 5_000, 20_000]),
     };
     faults.push(Fault { at_ms: 0, for_ms: plan.faults_ms, what });
@@ -409,15 +428,16 @@ fn trouble(plan: &Plan, random: &mut Random) -> Trouble {
         0..14 => Trouble::Crash { node, power: random.chance(6000) },
         14..26 => Trouble::CrashLeader { group, power: random.chance(6000) },
         26..28 => Trouble::CrashGroup { group },
-        28..30 => Trouble::CrashAll,
-        30..35 => Trouble::Pause { node },
+        28 => Trouble::CrashAll,
+        29..35 => Trouble::Pause { node },
         35..45 => Trouble::PauseLeader { group },
         45..51 => Trouble::Cut { from: node, to: other, both: random.chance(4000) },
         51..57 => {
             let kind = random.below(3);
             Trouble::Isolate { node, out: kind != 1, into: kind != 0 }
         }
-        57..63 => Trouble::IsolateLeader { group },
+        57..60 => Trouble::IsolateLeader { group },
+        60..63 => Trouble::Deaf { group },
         63..67 => Trouble::Reset { node },
         67..75 => Trouble::HandOver { group, to: *random.pick(&plan.seats[group as usize]) },
         75..80 => Trouble::Snapshot { group, node: *random.pick(&plan.seats[group as usize]) },

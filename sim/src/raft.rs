@@ -30,12 +30,8 @@ pub enum Defect {
     SyncForgotten,
     /// A leader commits what it alone has.
     CommitWithoutQuorum,
-    /// A leader commits entries of older terms by counting copies (Raft, section 5.4.2).
-    CommitOfOlderTerm,
     /// A leader serves reads without confirming that it still leads.
     ReadWithoutQuorum,
-    /// A leader serves before an entry of its own term is applied.
-    ServesTooEarly,
     /// A candidate with a shorter log is voted for.
     VoteForShorterLog,
     /// A snapshot is installed without the state that it holds.
@@ -416,8 +412,7 @@ impl Raft {
         let Role::Leader(leading) = &self.role else { return false };
         let lease = 2 * self.timing.election_max;
         let heard = leading.peers.values().filter(|peer| now < peer.heard_at + lease).count() + 1;
-        let caught_up = self.applied >= leading.own_first || self.defect == Defect::ServesTooEarly;
-        caught_up && heard >= self.majority()
+        self.applied >= leading.own_first && heard >= self.majority()
     }
 
     /// When [`Raft::tick`] wants to be called next.
@@ -788,8 +783,7 @@ impl Raft {
         if self.defect == Defect::CommitWithoutQuorum {
             index = index.max(self.synced_last);
         }
-        let own = self.log.term_at(index) == Some(self.term) || self.defect == Defect::CommitOfOlderTerm;
-        if index > self.commit && own {
+        if index > self.commit && self.log.term_at(index) == Some(self.term) {
             self.commit = index;
         }
     }

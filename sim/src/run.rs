@@ -13,9 +13,6 @@ use crate::{
     world::{Report, World},
 };
 
-/// Faults that every run has at least.
-pub const FAULTS_MIN: u64 = 50;
-
 /// Runs a plan. A panic, which is an assertion of the machines or of the model of Raft that failed, is a violation like others.
 pub fn run(plan: &Plan, trace: Trace) -> Report {
     let mut world = World::new(plan.clone(), trace);

@@ -51,6 +51,9 @@ impl Shrinker {
 pub fn shrink(plan: &Plan) -> (Plan, u32) {
     let Some(violation) = run(plan, Trace::silent()).violation else { return (plan.clone(), 1) };
     let mut shrinker = Shrinker { plan: plan.clone(), invariant: violation.invariant, tries: TRIES_MAX };
+    let mut fewer = plan.clone();
+    fewer.faults_min = 0;
+    shrinker.take(fewer);
     for _ in 0..2 {
         let before = shrinker.tries;
         shrinker.thin(|plan| plan.faults.len(), |plan, cut| drop(plan.faults.drain(cut)));

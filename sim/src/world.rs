@@ -50,7 +50,8 @@ pub struct World {
     cx: Context,
     nodes: BTreeMap<NodeId, Node>,
     clients: BTreeMap<u32, Client>,
-    healed: bool,
+    /// When all faults ended.
+    healed: Option<Time>,
     swept: bool,
     recovery: Option<Time>,
     /// Nodes that a fault cut off, to be joined again.
@@ -78,7 +79,7 @@ impl World {
         }
         cx.at(cx.plan.faults_ms * 1000, Event::Look);
         let (cuts, skews) = (BTreeMap::new(), BTreeMap::new());
-        World { cx, nodes, clients, healed: false, swept: false, recovery: None, cuts, skews }
+        World { cx, nodes, clients, healed: None, swept: false, recovery: None, cuts, skews }
     }
 
     /// Runs to the end, or to the first violation.
@@ -269,6 +270,11 @@ impl World {
             }
             Trouble::Isolate { node, out, into } => self.isolate(place, Some(NodeId(node)), out, into),
             Trouble::IsolateLeader { group } => self.isolate(place, self.leader_of(group), true, true),
+            Trouble::Deaf { group } => {
+                if let Some(leader) = self.leader_of(group) {
+                    self.cx.network.deaf.insert(place, (GroupId(group), leader));
+                }
+            }
             Trouble::Reset { node } => self.reset(NodeId(node)),
             Trouble::HandOver { group, to } => {
                 if let Some(leader) = self.leader_of(group) {
@@ -318,6 +324,7 @@ impl World {
             }
         }
         self.cx.network.wrong.remove(&place);
+        self.cx.network.deaf.remove(&place);
         if let Some((node, by_ms)) = self.skews.remove(&place) {
             self.nodes.get_mut(&node).expect("a node of the cluster").skew_ms -= by_ms;
         }
@@ -392,11 +399,15 @@ impl World {
 
     /// Looks how far things are. Gives whether the run is over.
     fn look(&mut self) -> bool {
-        if !self.healed {
-            self.heal();
+        let Some(healed) = self.healed else {
+            if self.cx.tally.total() < self.cx.plan.faults_min {
+                self.go_on();
+            } else {
+                self.heal();
+            }
             return false;
-        }
-        let since = self.cx.now - self.cx.plan.faults_ms * 1000;
+        };
+        let since = self.cx.now - healed;
         if let Err(why) = self.is_quiet() {
             if since > bounded_recovery::BOUND {
                 let seconds = bounded_recovery::BOUND / 1_000_000;
@@ -423,9 +434,18 @@ impl World {
         true
     }
 
+    /// There were too few faults: clients send again, and many messages go wrong, for a little longer.
+    fn go_on(&mut self) {
+        self.cx.network.wrong.insert(usize::MAX, (1_500, 1_500, 1_500, 500));
+        for client in self.clients.values_mut() {
+            client.storm(1, &mut self.cx);
+        }
+    }
+
     /// All faults end.
     fn heal(&mut self) {
-        self.healed = true;
+        self.healed = Some(self.cx.now);
+        self.cx.network.wrong.clear();
         self.cx.trace.line(self.cx.now, || "all faults end".to_owned());
         for place in 0..self.cx.plan.faults.len() {
             self.end_fault(place);

@@ -15,6 +15,8 @@ use crate::{
 #[derive(Debug, Default)]
 pub struct RaftLog {
     committed: BTreeMap<GroupId, BTreeMap<u64, Entry>>,
+    /// Up to where leaders of a term have committed.
+    by_term: BTreeMap<GroupId, BTreeMap<u64, u64>>,
 }
 
 impl Invariant for RaftLog {
@@ -39,15 +41,24 @@ impl Invariant for RaftLog {
                 }
             }
             Seen::Elected { group, term, node, log } => {
+                // A leader has what was committed in earlier terms. It may be elected late, by votes that were long on their way, when
+                // later terms have gone on without it.
                 let Some(known) = self.committed.get(group) else { return Ok(()) };
+                let by_term = self.by_term.entry(*group).or_default();
+                let upto = by_term.range(..*term).map(|(_, index)| *index).max().unwrap_or(0);
                 let (first, last) = (log.base.0, log.last().0);
-                for (index, entry) in known.range(first + 1..) {
+                for (index, entry) in known.range(first + 1..).take_while(|(index, _)| **index <= upto) {
                     if *index > last || log.term_at(*index) != Some(entry.term) {
                         return Err(format!(
                             "group {group}: n{node} is elected in term {term} without the committed entry {index}"
                         ));
                     }
                 }
+                Ok(())
+            }
+            Seen::Committed { group, term, index } => {
+                let upto = self.by_term.entry(*group).or_default().entry(*term).or_default();
+                *upto = (*upto).max(*index);
                 Ok(())
             }
             Seen::Copies { group, index, copies, voters } if *copies <= voters / 2 => Err(format!(
