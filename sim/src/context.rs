@@ -131,7 +131,7 @@ impl Context {
     }
 
     /// The next event, and time moves to it.
-    pub fn next(&mut self) -> Option<Event> {
+    pub fn next_event(&mut self) -> Option<Event> {
         let ((at, _), event) = self.queue.pop_first()?;
         self.now = at;
         Some(event)

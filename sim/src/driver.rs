@@ -18,6 +18,7 @@ use crate::{
     faults::Fired,
     host::{Host, Outcome},
     messages::{NotServed, Packet, Place, Question, Stream, Told},
+    plan::Plan,
     raft::{Barrier, Confirmation, Time, Write},
     routes::Routes,
     witness::Seen,
@@ -111,8 +112,11 @@ struct Round<'a> {
 
 impl Driver {
     /// A driver that has heard nothing yet.
-    pub fn new(node: NodeId, nodes: u64, placement: Placement) -> Driver {
-        let routes = Routes::new((1..=nodes).map(NodeId), node, placement.all());
+    pub fn new(node: NodeId, plan: &Plan) -> Driver {
+        let placement = Placement { shards: plan.shards() };
+        let voters = placement.all().map(|shard| (shard, plan.voters(shard.group())));
+        let nodes = (1..=plan.nodes).map(NodeId).collect();
+        let routes = Routes::new(nodes, voters.collect(), node, placement.all());
         Driver { inbox: Vec::new(), woken: false, stage: Stage::Following, routes, placement, node }
     }
 
@@ -136,37 +140,20 @@ impl Driver {
             Stage::Resting { .. } | Stage::Following | Stage::Reigning(_) => {}
             Stage::Opening { term } => {
                 let lost = !serves || host.raft.term != *term;
-                for outcome in outcomes {
-                    if let Outcome::Applied(_, CoordinatorReply::Opened(opened)) = outcome
-                        && !lost
-                    {
+                match outcomes.into_iter().next() {
+                    None if lost => self.stage = Stage::Resting { until: cx.now + REOPEN_PAUSE },
+                    None => {}
+                    Some(Outcome::Applied(_, CoordinatorReply::Opened(opened))) if !lost => {
                         let term = *term;
+                        cx.trace.line(cx.now, || format!("n{} opens epoch {}", self.node, opened.epoch));
                         self.routes.restart();
                         let config = config(self.placement, cx);
-                        cx.trace.line(cx.now, || format!("n{} opens epoch {}", self.node, opened.epoch));
-                        let now = Millis(wall / 1000);
-                        let (leader, effects) = Leader::open(config, opened, now);
-                        self.stage = Stage::Reigning(Box::new(Reign {
-                            leader,
-                            term,
-                            effects,
-                            clock: (wall, cx.now),
-                            callers: BTreeMap::new(),
-                            last_token: 0,
-                            acts: 0,
-                            act_waiting: Act::default(),
-                            to_confirm: None,
-                            to_query: Vec::new(),
-                            confirming: None,
-                            barrier_rests: false,
-                        }));
-                    } else {
-                        self.stage = Stage::Resting { until: cx.now + REOPEN_PAUSE };
+                        let (leader, effects) = Leader::open(config, opened, Millis(wall / 1000));
+                        let reign = Reign::new(leader, effects, term, (wall, cx.now));
+                        self.stage = Stage::Reigning(Box::new(reign));
+                        return self.rule(host, wall, arrivals, Vec::new(), cx);
                     }
-                    return self.rule(host, wall, arrivals, Vec::new(), cx);
-                }
-                if lost {
-                    self.stage = Stage::Resting { until: cx.now + REOPEN_PAUSE };
+                    Some(_) => self.stage = Stage::Resting { until: cx.now + REOPEN_PAUSE },
                 }
                 return self.refuse(arrivals, cx);
             }
@@ -242,6 +229,23 @@ fn answer(node: NodeId, caller: Caller, reply: Result<Reply, NotServed>, cx: &mu
 }
 
 impl Reign {
+    fn new(leader: Leader, effects: Effects, term: u64, clock: (u64, Time)) -> Reign {
+        Reign {
+            leader,
+            term,
+            effects,
+            clock,
+            callers: BTreeMap::new(),
+            last_token: 0,
+            acts: 0,
+            act_waiting: Act::default(),
+            to_confirm: None,
+            to_query: Vec::new(),
+            confirming: None,
+            barrier_rests: false,
+        }
+    }
+
     fn take(
         &mut self,
         arrivals: &mut impl Iterator<Item = Arrival>,

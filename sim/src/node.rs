@@ -54,15 +54,12 @@ pub struct Node {
     disk: Disk,
     /// How its process died, until it starts again.
     died: Option<bool>,
-    placement: Placement,
-    nodes: u64,
 }
 
 impl Node {
     /// A node with an empty disk, not started yet.
     pub fn new(id: NodeId, cx: &mut Context) -> Node {
         let placement = Placement { shards: cx.plan.shards() };
-        let nodes = cx.plan.nodes;
         let mut coordinator = None;
         let mut shards = BTreeMap::new();
         for (group, seats) in cx.plan.seats.clone().into_iter().enumerate() {
@@ -74,7 +71,7 @@ impl Node {
             let group = GroupId(group as u32);
             if group == GroupId::COORDINATOR {
                 let host = Host::new(group, seat, (), cx);
-                coordinator = Some((host, driver::Driver::new(id, nodes, placement)));
+                coordinator = Some((host, driver::Driver::new(id, &cx.plan)));
             } else {
                 let shard = ShardId(group.0);
                 let host = Host::new(group, seat, ShardConfig { shard, placement }, cx);
@@ -94,8 +91,6 @@ impl Node {
             gateway,
             disk,
             died: None,
-            placement,
-            nodes,
         }
     }
 
@@ -156,7 +151,7 @@ impl Node {
     fn recover(&mut self, power: bool, cx: &mut Context) {
         if let Some((host, driver)) = &mut self.coordinator {
             host.restart(power, cx);
-            *driver = driver::Driver::new(self.id, self.nodes, self.placement);
+            *driver = driver::Driver::new(self.id, &cx.plan);
         }
         for (host, driver) in self.shards.values_mut() {
             host.restart(power, cx);

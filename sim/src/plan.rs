@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use verdict_protocol::{
     batch::{Batch, Condition, Operation, OperationKind, RowKey},
-    ids::{BatchId, Millis},
+    ids::{BatchId, GroupId, Millis, NodeId},
 };
 
 use crate::{
@@ -348,6 +348,11 @@ impl Plan {
         plan.faults = faults(&plan, random);
         plan.clients = clients(&plan, random);
         plan
+    }
+
+    /// The nodes of a group's replicas.
+    pub fn voters(&self, group: GroupId) -> Vec<NodeId> {
+        self.seats[group.0 as usize].iter().copied().map(NodeId).collect()
     }
 
     /// How many shards there are.

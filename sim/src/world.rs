@@ -85,7 +85,7 @@ impl World {
     /// Runs to the end, or to the first violation.
     pub fn run(&mut self) {
         while self.cx.witness.violation.is_none() {
-            let Some(event) = self.cx.next() else { break };
+            let Some(event) = self.cx.next_event() else { break };
             if self.cx.trace.steps() > STEPS_MAX {
                 let text = format!("more than {STEPS_MAX} events");
                 self.cx.witness.violated("bounded recovery", text, self.cx.now);
