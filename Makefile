@@ -10,10 +10,7 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim-stack failpoints
-.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim-stack
-.PHONY: help sim bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories
-.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim sim-stack
+.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim sim-stack failpoints
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20

@@ -32,8 +32,7 @@ use verdict_failpoints::failpoint;
 use verdict_protocol::{
     batch::{Batch, Placement, RowKey},
     coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply, Opened},
-    ids::{BatchId, ContentHash, Epoch, GroupId, NodeId, Stamp},
-    ids::{BatchId, ContentHash, NodeId, Stamp},
+    ids::{BatchId, ContentHash, GroupId, NodeId, Stamp},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::encode,
     messages::FromShard,
@@ -564,24 +563,6 @@ fn heard(message: &FromShard) {
     if !message.done.is_empty() {
         failpoint!(DONE_RECEIVED, GroupId::COORDINATOR.0);
     }
-}
-
-/// Adds what is to be recorded to what waits already. Both are of one epoch.
-fn pile(waiting: &mut Act, more: Act) {
-    debug_assert!(
-        waiting.epoch == Epoch(0) || waiting.epoch == more.epoch,
-        "what waits is dropped with its epoch"
-    );
-    waiting.epoch = more.epoch;
-    if waiting.decisions.is_empty() {
-        waiting.decisions = more.decisions;
-    } else {
-        waiting.decisions.extend(more.decisions);
-    }
-    waiting.finished.extend(more.finished);
-    waiting.ceiling = waiting.ceiling.max(more.ceiling);
-    waiting.horizon = waiting.horizon.max(more.horizon);
-    waiting.crowded = waiting.crowded.max(more.crowded);
 }
 
 /// Looks decisions up in the local replica.
