@@ -331,9 +331,10 @@ pub unsafe extern "C" fn writev(fd: c_int, parts: *const iovec, count: c_int) ->
     let call = |_| unsafe { real::writev(fd, parts, count) };
     match watching(fd) {
         None => call(0),
-        // SAFETY: the arguments are the caller's.
         Some((layer, _inside, open)) => {
-            layer.write(&open, fd, None, unsafe { bytes_in(parts, count) }, true, call)
+            // SAFETY: the arguments are the caller's.
+            let bytes = unsafe { bytes_in(parts, count) };
+            layer.write(&open, fd, None, bytes, true, call)
         }
     }
 }
