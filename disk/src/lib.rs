@@ -7,16 +7,16 @@
 //! | variable | what |
 //! |---|---|
 //! | `VERDICT_DISK_FOLDER` | the folder that is watched; without it, nothing is done at all |
-//! | `VERDICT_DISK_CONTROL` | a file that says which faults to make ([`control`]); it may come, change and go at any time |
-//! | `VERDICT_DISK_SHADOW` | a folder beside it, on the same file system, where the layer keeps what a disk would have ([`shadow`]) |
-//! | `VERDICT_DISK_LOSE_POWER` | a seed: before anything else, the folder is turned into what the disk would have after a loss of power ([`loss`]) |
+//! | `VERDICT_DISK_CONTROL` | a file that says which faults to make (`control`); it may come, change and go at any time |
+//! | `VERDICT_DISK_SHADOW` | a folder beside it, on the same file system, where the layer keeps what a disk would have (`shadow`) |
+//! | `VERDICT_DISK_LOSE_POWER` | a seed: before anything else, the folder is turned into what the disk would have after a loss of power (`loss`) |
 //!
 //! `kill -9` keeps what the kernel holds in memory, so it never shows a sync that is missing. Here the loss of power is the next
 //! start: kill the process, start it with `VERDICT_DISK_LOSE_POWER`, and it meets a disk that has forgotten.
 //!
 //! Invariants:
 //! - What was synced is never taken away, and what was not may be: each block by itself, each change of a folder in its order.
-//! - What can't be followed ends the process with a message ([`fail`]): nothing is taken for durable by mistake.
+//! - What can't be followed ends the process with a message (`fail`): nothing is taken for durable by mistake.
 
 mod control;
 mod hooks;

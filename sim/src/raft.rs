@@ -3,7 +3,7 @@
 //!
 //! What must be durable comes out as [`Write`]s; a message that rests on them is held back until the disk has told that they are
 //! synced ([`Raft::synced`]). A leader replicates before its own disk has an entry, and its own copy counts only once it is
-//! synced. So what a crash may take away is exactly what nobody was told of, unless one of the [`Defects`] is put in.
+//! synced. So what a crash may take away is exactly what nobody was told of, unless one of the `Defects` is put in.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},

@@ -3,7 +3,7 @@
 //!
 //! A batch has one id and is followed to its definite end:
 //! - COMMITTED, ABORTED: the end. It is not tried again under another id.
-//! - UNKNOWN (no answer in [`ANSWER_TIMEOUT`]): asked for by its id until it is definite; never seen: submitted again under the
+//! - UNKNOWN (no answer in `ANSWER_TIMEOUT`): asked for by its id until it is definite; never seen: submitted again under the
 //!   same id.
 //! - Refused (nothing was proposed): submitted again under the same id.
 //!

@@ -1,11 +1,11 @@
 //! `verdict drill`: lets things die and break while trades settle, and reports what happened.
 //!
-//! - [`scenario`]: what is done, as people write it.
-//! - [`field`]: what it is done to: [processes](crate::processes) with a [network](proxy) and [disks](disk) of our own, or the
-//!   containers of [`compose`].
-//! - [`play`] does it; [`load`] settles trades meanwhile, [`watching`] asks the nodes about themselves, [`audit`] asks
-//!   everything afterwards. All that they see goes into a [`record`].
-//! - [`evaluate`] judges the record, and makes a [`report`] of it, which [`terminal`] and [`html`] show.
+//! - `scenario`: what is done, as people write it.
+//! - `field`: what it is done to: [processes](crate::processes) with a [network](proxy) and [disks](disk) of our own, or the
+//!   containers of `compose`.
+//! - `play` does it; `load` settles trades meanwhile, `watching` asks the nodes about themselves, `audit` asks
+//!   everything afterwards. All that they see goes into a `record`.
+//! - `evaluate` judges the record, and makes a `report` of it, which `terminal` and `html` show.
 
 pub mod audit;
 pub mod compose;
