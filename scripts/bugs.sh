@@ -73,7 +73,7 @@ cp "${patches[@]}" "$kept"
 patches=("${patches[@]/#bugs/$kept}")
 undo=
 clean_up() {
-  [[ -z $undo ]] || (cd "$tree" && git apply --reverse "$undo" 2> /dev/null)
+  [[ -z $undo ]] || (cd "$tree" && git apply -C1 --reverse "$undo" 2> /dev/null)
   rm -rf "$fresh" "$log" "$kept"
 }
 trap clean_up EXIT
@@ -146,11 +146,11 @@ for patch in "${patches[@]}"; do
   says=$(field "$patch" says)
   limit=$(field "$patch" limit)
   verdict= seconds=-
-  if ! (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply --check "$patch") 2> "$log"; then
+  if ! (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply -C1 --check "$patch") 2> "$log"; then
     verdict='NO LONGER APPLIES'
   else
     undo=$patch
-    (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply "$undo")
+    (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply -C1 "$undo")
     if ! build "$patch"; then
       verdict='DOES NOT COMPILE'
     else
@@ -172,7 +172,7 @@ for patch in "${patches[@]}"; do
         verdict=caught
       fi
     fi
-    (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply --reverse "$undo")
+    (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply -C1 --reverse "$undo")
     undo=
     forget_cases
   fi
