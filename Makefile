@@ -10,7 +10,7 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim sim-stack failpoints
+.PHONY: help bench-peers bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim sim-stack failpoints
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +30,9 @@ sim: ## Simulates clusters under faults, for SECONDS=60 or SEEDS=10000; SEED=123
 
 bugs: ## Puts each bug of bugs/ into a copy of the tree, and shows the test that catches it; ONLY=B07 those of one class
 	scripts/bugs.sh $(ONLY) $(ARGS)
+
+bench-peers: ## Measures PostgreSQL (two-phase commit) and etcd beside Verdict, half an hour; ARGS=--quick, ARGS="--only etcd"
+	@scripts/bench-peers.sh $(ARGS)
 
 dev: setup ## Starts a durable cluster of three nodes in one process, for development against it
 	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- dev $(ARGS)
@@ -53,6 +56,7 @@ verify: ## The gate: format, lints, rules, documentation, tests; changes nothing
 fix: ## Rewrites what can be mended by machine: format and lints
 	$(WITH_ROCKSDB) cargo clippy --workspace --all-targets --fix --allow-dirty --allow-staged
 	cargo fmt --all
+	cargo fmt --manifest-path peers/Cargo.toml
 
 histories: setup ## What clients see while nodes are killed and paused, checked for strict serializability (SECONDS=300)
 	$(WITH_ROCKSDB) cargo build --locked -p verdict

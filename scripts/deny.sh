@@ -3,8 +3,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if cargo deny fetch db > /dev/null 2>&1; then
-  exec cargo deny check
+checks=()
+if ! cargo deny fetch db > /dev/null 2>&1; then
+  printf 'deny: the list of advisories could not be fetched: advisories are NOT checked\n' >&2
+  checks=(bans licenses sources)
 fi
-printf 'deny: the list of advisories could not be fetched: advisories are NOT checked\n' >&2
-exec cargo deny check bans licenses sources
+cargo deny check "${checks[@]}"
+# The peers' bench is a workspace of its own.
+cargo deny --manifest-path peers/Cargo.toml check --config deny.toml "${checks[@]}"

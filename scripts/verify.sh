@@ -20,6 +20,9 @@ rocksdb() {
   variables=$(scripts/rocksdb.sh) && eval "$variables"
 }
 
+# The peers' bench is a workspace of its own, which nothing here builds.
+format() { cargo fmt --all --check && cargo fmt --manifest-path peers/Cargo.toml --check; }
+
 documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items --quiet; }
 
 # The program and the disk layer for the tests that start them, and the tests, in one go: the same features of all dependencies.
@@ -40,7 +43,7 @@ tests() {
 target=$(cargo metadata --locked --no-deps --format-version 1 | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 export VERDICT_BIN=$target/debug/verdict
 
-stage 'format' cargo fmt --all --check
+stage 'format' format
 stage 'rules' scripts/tidy.sh
 stage 'rocksdb' rocksdb
 stage 'lints' cargo clippy --locked --workspace --all-targets --quiet -- -D warnings

@@ -1,0 +1,117 @@
+//! What is measured: the systems, and the cases of each.
+
+use std::fmt;
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::trade::Load;
+
+/// A system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum System {
+    /// Verdict, three processes, by `verdict bench`.
+    Verdict,
+    /// Two instances of PostgreSQL and two-phase commit.
+    Postgres,
+    /// The same with a synchronous standby for each.
+    PostgresStandby,
+    /// Three nodes of etcd and one transaction for each trade.
+    Etcd,
+}
+
+/// All of them.
+pub const SYSTEMS: [System; 4] = [System::Verdict, System::Postgres, System::PostgresStandby, System::Etcd];
+
+/// One case of a system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Case {
+    /// Its name: for Verdict that of `verdict bench`.
+    pub name: String,
+    /// Whether one account is in every trade.
+    pub is_hot: bool,
+    /// How many clients, each with one trade at a time; `None` for one stream with a window.
+    pub clients: Option<usize>,
+}
+
+impl System {
+    /// Its name in tables.
+    pub fn title(self) -> &'static str {
+        match self {
+            System::Verdict => "Verdict",
+            System::Postgres => "PostgreSQL 2PC",
+            System::PostgresStandby => "PostgreSQL 2PC, standbys",
+            System::Etcd => "etcd",
+        }
+    }
+
+    /// Its cases; few of them for a short try.
+    pub fn cases(self, is_quick: bool) -> Vec<Case> {
+        let (uniform, hot): (&[usize], &[usize]) = match (self, is_quick) {
+            (System::Verdict, false) => return verdict_cases(&VERDICT),
+            (System::Verdict, true) => return verdict_cases(&VERDICT_QUICK),
+            (System::Postgres, false) => (&[1, 16, 64, 128], &[16, 64, 128]),
+            (System::PostgresStandby, false) => (&[1, 16, 64, 128], &[16, 64]),
+            (System::Etcd, false) => (&[1, 16, 64, 256], &[16, 64]),
+            (System::Postgres | System::PostgresStandby | System::Etcd, true) => (&[64], &[16]),
+        };
+        let uniform = uniform.iter().map(|clients| Case::closed(Load::Uniform, *clients));
+        uniform.chain(hot.iter().map(|clients| Case::closed(Load::Hot, *clients))).collect()
+    }
+}
+
+impl fmt::Display for System {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.title())
+    }
+}
+
+/// The cases of `verdict bench`: name, whether it is hot, clients.
+type VerdictCase = (&'static str, bool, Option<usize>);
+
+const VERDICT: [VerdictCase; 7] = [
+    ("unary-1", false, Some(1)),
+    ("unary-16", false, Some(16)),
+    ("unary-64", false, Some(64)),
+    ("unary-256", false, Some(256)),
+    ("stream-1", false, None),
+    ("hot-256", true, Some(256)),
+    ("hot-stream", true, None),
+];
+const VERDICT_QUICK: [VerdictCase; 3] =
+    [("unary-64", false, Some(64)), ("stream-1", false, None), ("hot-256", true, Some(256))];
+
+fn verdict_cases(cases: &[VerdictCase]) -> Vec<Case> {
+    let case = |(name, is_hot, clients): &VerdictCase| Case {
+        name: (*name).to_owned(),
+        is_hot: *is_hot,
+        clients: *clients,
+    };
+    cases.iter().map(case).collect()
+}
+
+impl Case {
+    fn closed(load: Load, clients: usize) -> Case {
+        let (prefix, is_hot) = match load {
+            Load::Uniform => ("uniform", false),
+            Load::Hot => ("hot", true),
+        };
+        Case { name: format!("{prefix}-{clients}"), is_hot, clients: Some(clients) }
+    }
+
+    /// The trades of the case.
+    pub fn load(&self) -> Load {
+        if self.is_hot { Load::Hot } else { Load::Uniform }
+    }
+
+    /// The load, for people.
+    pub fn load_text(&self) -> &'static str {
+        if self.is_hot { "hot account" } else { "uniform" }
+    }
+
+    /// The clients, for people.
+    pub fn clients_text(&self) -> String {
+        self.clients.map_or_else(|| "1 stream".to_owned(), |clients| clients.to_string())
+    }
+}
