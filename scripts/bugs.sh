@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Puts each bug of bugs/ into a copy of the committed tree, one at a time, and runs the test that must catch it.
 #
-#   scripts/bugs.sh [--write] [--list] [PREFIX...]
+#   scripts/bugs.sh [--write] [--list] [--again] [PREFIX...]
 #
 # PREFIX chooses patches by the beginning of their names (B07, B07-late). --list tells the chosen ones. --write puts the table of the
 # run into docs/bug-table.md; nothing else in the tree is changed. Fails if a bug escapes, a patch no longer applies or doesn't
 # compile, or a test fails without any bug.
+#
+# What is cheap to compile comes first. What was caught is kept, and not run again while neither the patch nor any code has changed:
+# a run that was interrupted goes on where it was. --again forgets it.
 #
 # A patch is a unified diff below a head of lines `key: value`:
 #   class  of docs/bug-table.md          bug    what it does, in a sentence
@@ -25,11 +28,13 @@ export PROPTEST_MAX_SHRINK_ITERS=0
 
 write=
 list=
+again=
 prefixes=()
 for argument in "$@"; do
   case $argument in
     --write) write=1 ;;
     --list) list=1 ;;
+    --again) again=1 ;;
     -*) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
     *) prefixes+=("$argument") ;;
   esac
@@ -47,7 +52,19 @@ chosen() {
   done
 }
 
-mapfile -t patches < <(chosen)
+# cost PATCH: how much its command compiles, for the order.
+cost() {
+  case $(field "$1" catch) in
+    *verdict-tests*) echo 5 ;;
+    *verdict-coordinator* | *verdict-participant*) echo 4 ;;
+    *verdict-raft*) echo 3 ;;
+    *verdict-client*) echo 2 ;;
+    *verdict-check* | *verdict-sim*) echo 1 ;;
+    *) echo 0 ;;
+  esac
+}
+
+mapfile -t patches < <(chosen | while IFS= read -r patch; do echo "$(cost "$patch") $patch"; done | sort -s -k 1,1n | cut -d ' ' -f 2-)
 ((${#patches[@]})) || { echo "no patch of bugs/ begins with: ${prefixes[*]}" >&2; exit 2; }
 
 if [[ $list ]]; then
@@ -87,6 +104,38 @@ done < "$work/files.new"
 mv "$work/files.new" "$work/files"
 rm -rf "$fresh"
 
+# What was found, by patch and by command: each file begins with what it holds for.
+kept_results=$work/results
+[[ ! $again ]] || rm -rf "$kept_results"
+mkdir -p "$kept_results"
+
+# rests_on COMMAND: the folders whose code it runs.
+rests_on() {
+  case $1 in
+    *-p\ verdict-protocol*) echo protocol ;;
+    *-p\ verdict-check*) echo protocol check ;;
+    *-p\ verdict-sim\ *) echo protocol sim ;;
+    *-p\ verdict-client*) echo protocol proto client ;;
+    *) echo . ;;
+  esac
+}
+
+# holds_for COMMAND [PATCH]: a hash of what a result depends on.
+holds_for() {
+  local folders
+  read -ra folders <<< "$(rests_on "$1")"
+  { echo "$1"; cat ${2:+"$2"} < /dev/null; git ls-tree -r HEAD "${folders[@]}" |
+    grep -vE $'\t(bugs/|docs/|.*\\.md$|scripts/bugs\\.sh$)'; } | sha256sum
+}
+
+# known NAME COMMAND [PATCH]: the seconds that are kept under that name, if they hold still.
+known() {
+  local file=$kept_results/$1
+  [[ -f $file && $(head -n 1 "$file") == "$(holds_for "${@:2}")" ]] && tail -n +2 "$file"
+}
+# keep NAME SECONDS COMMAND [PATCH]
+keep() { printf '%s\n' "$(holds_for "${@:3}")" "$2" > "$kept_results/$1"; }
+
 variables=$("$tree/scripts/rocksdb.sh") || exit 1
 eval "$variables"
 
@@ -114,30 +163,34 @@ forget_cases() {
 # A test that could not be compiled says nothing about a bug.
 compiled() { ! grep -qE '^error(\[E[0-9]+\])?: |could not compile' "$log"; }
 
-echo "== without a bug"
-failed=0
-declare -A passed
-for patch in "${patches[@]}"; do
-  catch=$(field "$patch" catch)
-  [[ ! ${passed[$catch]-} ]] || continue
-  passed[$catch]=1
-  limit=$(field "$patch" limit)
-  if ! build "$patch"; then
-    tail -n 30 "$log"
-    echo "does not compile without any bug: $catch"
-    exit 1
+# passes PATCH: whether its command passes without any bug; each is run once.
+declare -A passes
+passes() {
+  local catch limit kept started seconds outcome
+  catch=$(field "$1" catch)
+  [[ ! ${passes[$catch]-} ]] || { [[ ${passes[$catch]} == passes ]]; return; }
+  kept=passes-$(sha256sum <<< "$catch" | cut -c 1-16)
+  limit=$(field "$1" limit)
+  outcome='does not compile'
+  if seconds=$(known "$kept" "$catch"); then
+    outcome=passes
+  elif build "$1"; then
+    started=$EPOCHREALTIME
+    outcome=fails
+    if run "${limit:-300}" "$catch"; then outcome=passes; fi
+    seconds=$(since "$started")
   fi
-  started=$EPOCHREALTIME
-  if run "${limit:-300}" "$catch"; then
-    printf 'passes %10s s  %s\n' "$(since "$started")" "$catch"
+  passes[$catch]=$outcome
+  printf '%-10s %6s s  without any bug: %s\n' "$outcome" "${seconds:--}" "$catch"
+  if [[ $outcome == passes ]]; then
+    keep "$kept" "$seconds" "$catch"
   else
     tail -n 30 "$log"
-    echo "fails without any bug: $catch"
-    exit 1
+    return 1
   fi
-done
+}
 
-echo "== with each bug"
+failed=0
 table=()
 for patch in "${patches[@]}"; do
   name=$(basename "$patch" .patch)
@@ -146,7 +199,11 @@ for patch in "${patches[@]}"; do
   says=$(field "$patch" says)
   limit=$(field "$patch" limit)
   verdict= seconds=-
-  if ! (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply -C1 --check "$patch") 2> "$log"; then
+  if found=$(known "$name" "$catch" "$patch"); then
+    verdict=caught seconds=$found
+  elif ! passes "$patch"; then
+    verdict='FAILS WITHOUT IT'
+  elif ! (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply -C1 --check "$patch") 2> "$log"; then
     verdict='NO LONGER APPLIES'
   else
     undo=$patch
@@ -177,14 +234,16 @@ for patch in "${patches[@]}"; do
     forget_cases
   fi
   printf '%-10s %6s s  %-48s %s\n' "$verdict" "$seconds" "$name" "$test"
-  if [[ $verdict != caught ]]; then
+  if [[ $verdict == caught ]]; then
+    keep "$name" "$seconds" "$catch" "$patch"
+  else
     failed=$((failed + 1))
     tail -n 15 "$log" | sed 's/^/    /'
   fi
   table+=("| $(field "$patch" class) | [$name](../bugs/$name.patch) | $(field "$patch" bug) | \`$test\`${says:+, \`$says\`} | $verdict | $seconds |")
 done
 
-rows=$(printf '%s\n' '| class | patch | the bug | caught by | outcome | seconds |' '|---|---|---|---|---|---|' "${table[@]}")
+rows=$(printf '%s\n' '| class | patch | the bug | caught by | outcome | seconds |' '|---|---|---|---|---|---|' "$(printf '%s\n' "${table[@]}" | sort)")
 printf '\n%s\n\n' "$rows"
 classes=$(for patch in "${patches[@]}"; do field "$patch" class; done | sort -u | wc -l)
 echo "${#patches[@]} bugs of $classes classes, $failed not caught"
