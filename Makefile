@@ -10,7 +10,7 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help bench-peers bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim sim-stack failpoints
+.PHONY: help bench-peers bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim sim-stack failpoints power-loss damage
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -68,6 +68,13 @@ sim-stack: setup ## The real stack in a simulated world: SEEDS=100 of them, or S
 failpoints: setup ## Kills processes at every failpoint in every role, under load; ARGS="--only vote --kills 50"
 	$(WITH_ROCKSDB) cargo build --locked -p verdict -p verdict-tests --bins
 	$(WITH_ROCKSDB) cargo run --locked -p verdict-tests --bin failpoints -- $(ARGS)
+
+power-loss: setup ## Cuts the power of one, two and all nodes under load, LOSSES=100 times each
+	$(WITH_ROCKSDB) cargo build --locked -p verdict -p verdict-disk
+	VERDICT_POWER_LOSSES=$(or $(LOSSES),100) $(WITH_ROCKSDB) cargo test --locked -p verdict-tests --test power_loss no_loss -- --nocapture
+
+damage: setup ## Flips and cuts bytes in every kind of file of a node, DAMAGES=300 times
+	VERDICT_DAMAGES=$(or $(DAMAGES),300) $(WITH_ROCKSDB) cargo test --locked -p verdict-raft --test cluster damage_anywhere -- --nocapture
 
 deny: ## Licences, sources and advisories of all dependencies; installs cargo-deny first (minutes)
 	@cargo deny --version > /dev/null 2>&1 || cargo install --locked cargo-deny

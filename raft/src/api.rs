@@ -41,6 +41,8 @@ pub struct Timing {
     pub read_timeout_ms: u64,
     /// How long a proposal may wait for a fresh leader to be confirmed by a quorum.
     pub propose_retry_ms: u64,
+    /// How long a replica that was just started waits for those voters that can't be reached, before it votes with the rest.
+    pub greeting_patience_ms: u64,
     /// How long a voter may be silent before [`GroupStatus::silent_voters`] lists it.
     pub silent_after_ms: u64,
 }
@@ -55,6 +57,7 @@ impl Default for Timing {
             snapshot_timeout_ms: 120_000,
             read_timeout_ms: 3000,
             propose_retry_ms: 1000,
+            greeting_patience_ms: 1500,
             silent_after_ms: 2000,
         }
     }

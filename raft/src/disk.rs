@@ -21,6 +21,7 @@ use verdict_protocol::ids::{GroupId, NodeId};
 
 use crate::{
     api::{HostConfig, HostError},
+    standing::{STANDING, Standing},
     storage::{Start, Storage, Table, Tables},
     types::checksum,
 };
@@ -73,11 +74,20 @@ impl Disk {
 
     /// The incarnations of other nodes, as first seen.
     pub(crate) fn incarnations(&self) -> io::Result<BTreeMap<u64, Vec<u8>>> {
+        self.of_nodes(INCARNATION)
+    }
+
+    /// How far other nodes are known to have come.
+    pub(crate) fn standings(&self) -> io::Result<BTreeMap<u64, Standing>> {
+        self.of_nodes(STANDING)
+    }
+
+    /// All values of `meta` whose keys are this byte and the id of a node.
+    fn of_nodes<T: DeserializeOwned>(&self, first: u8) -> io::Result<BTreeMap<u64, T>> {
         let mut known = BTreeMap::new();
-        let mut cursor =
-            self.tables.cursor(Table::Meta, &[INCARNATION], Some(&[INCARNATION + 1]), Start::First);
+        let mut cursor = self.tables.cursor(Table::Meta, &[first], Some(&[first + 1]), Start::First);
         while let Some((key, value)) = cursor.item() {
-            let id = key[1..].try_into().map_err(|_| damaged("key of an incarnation"))?;
+            let id = key[1..].try_into().map_err(|_| damaged("the key of what is known of a node"))?;
             known.insert(u64::from_be_bytes(id), unseal(key, value)?);
             cursor.next();
         }

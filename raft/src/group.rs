@@ -41,6 +41,7 @@ use verdict_protocol::{
 
 use crate::{
     api::{AdminError, Applied, Confirmed, GroupStatus, Leadership, ProposeError, ReadError, Role, Timing},
+    gate::Gate,
     log::GroupLog,
     network::encode,
     node::{Endpoint, Node, stopping},
@@ -95,16 +96,18 @@ struct Shared<M: Machine> {
     queue: mpsc::Sender<Proposal<M>>,
     slots: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
+    gate: Gate,
 }
 
 impl<M: Machine> Group<M> {
-    /// Starts the tasks of a replica whose openraft runs already.
+    /// Starts the tasks of a replica whose openraft runs already. The founders vote as long as the replica knows of no voters.
     pub(crate) fn start(
         id: GroupId,
         node: Arc<Node>,
         raft: ThisRaft<M>,
         replica: Arc<Replica<M>>,
         log: Arc<GroupLog>,
+        founders: BTreeMap<u64, String>,
     ) -> Group<M> {
         let limits = &node.config.limits;
         let slots = Arc::new(Semaphore::new(limits.proposals_in_flight));
@@ -114,7 +117,11 @@ impl<M: Machine> Group<M> {
         let (completing, completed) = mpsc::channel(COMPLETING_MAX);
         let retry = Duration::from_millis(node.config.timing.propose_retry_ms);
         let sequencer = Sequencer { raft: raft.clone(), proposals, completing, retry };
-        let tasks: [BoxFuture<'static, ()>; 4] = [
+        let gate = node.gate(id);
+        let members = raft.clone();
+        let voters = move || voters(&members, &founders);
+        let tasks: [BoxFuture<'static, ()>; 5] = [
+            gate.clone().open_when_greeted(node.clone(), id, voters).boxed(),
             sequencer.run().boxed(),
             complete(completed).boxed(),
             watch_leadership(node.clone(), id, raft.clone(), replica.applied(), announce).boxed(),
@@ -129,7 +136,9 @@ impl<M: Machine> Group<M> {
                 }
             });
         }
-        Group { shared: Arc::new(Shared { id, node, raft, replica, log, leadership, queue, slots, bytes }) }
+        Group {
+            shared: Arc::new(Shared { id, node, raft, replica, log, leadership, queue, slots, bytes, gate }),
+        }
     }
 
     pub(crate) fn endpoint(&self) -> Arc<dyn Endpoint> {
@@ -326,6 +335,18 @@ impl<M: Machine> Group<M> {
             Err(error) => Err(error.to_string()),
         }
     }
+}
+
+/// Who votes, and where they are.
+fn voters<M: Machine>(raft: &ThisRaft<M>, founders: &BTreeMap<u64, String>) -> BTreeMap<u64, String> {
+    let metrics = raft.metrics().borrow_watched().clone();
+    let membership = metrics.membership_config.membership();
+    let voters: BTreeSet<u64> = membership.voter_ids().collect();
+    if voters.is_empty() {
+        return founders.clone();
+    }
+    let nodes = membership.nodes().filter(|(id, _)| voters.contains(id));
+    nodes.map(|(id, node)| (*id, node.addr.clone())).collect()
 }
 
 fn role(metrics: &RaftMetrics<Types>) -> Role {
@@ -573,7 +594,10 @@ struct Replies<M: Machine>(Arc<Shared<M>>);
 impl<M: Machine> Endpoint for Replies<M> {
     fn handle(&self, asked: u32, body: Bytes) -> BoxFuture<'static, Result<Vec<u8>, String>> {
         let (raft, group) = (self.0.raft.clone(), self.0.id);
+        let gate = self.0.gate.clone();
+        let patience = Duration::from_millis(self.0.node.config.timing.request_timeout_ms);
         Box::pin(async move {
+            gate.pass(patience).await?;
             if asked == kind::APPEND {
                 failpoint!(APPEND_RECEIVED, group.0);
             }
@@ -595,7 +619,10 @@ impl<M: Machine> Endpoint for Replies<M> {
 
     fn install(&self, vote: Bytes, file: SnapshotFile) -> BoxFuture<'static, Result<Vec<u8>, String>> {
         let (raft, group) = (self.0.raft.clone(), self.0.id);
+        let gate = self.0.gate.clone();
+        let patience = Duration::from_millis(self.0.node.config.timing.request_timeout_ms);
         Box::pin(async move {
+            gate.pass(patience).await?;
             let vote: Vote = decode(&vote)?;
             let meta = snapshot::meta(&file, group).map_err(text)?;
             let installed = raft.install_full_snapshot(vote, Snapshot { meta, snapshot: file }).await;

@@ -25,14 +25,15 @@ use crate::{
     group::Group,
     log::{GroupLog, LogStore},
     network::Network,
-    node::Node,
+    node::{Disks, Node},
     on_disk::OnDisk,
     peer::MESSAGE_BYTES_MAX,
     replica::{Replica, StateMachine},
     service::Service,
     snapshot::{self, Snapshots},
+    standing::{Life, SAVE_AFTER, Standings},
     storage::Storage,
-    writer::{Running, Writer},
+    writer::{Operation, Running, Writer},
 };
 
 /// How long closing waits for the last user of the database.
@@ -75,18 +76,21 @@ impl Host {
             let disk = Disk::open(storage.clone(), &config.directory, config.limits.block_cache_bytes)?;
             snapshot::clean_up(&*storage, &snapshot_directory(&config.directory)).map_err(host_error)?;
             let identity = Identity::establish(&disk, &config)?;
-            let known = disk.incarnations().map_err(host_error)?;
+            let incarnations = disk.incarnations().map_err(host_error)?;
             let acknowledged = Acknowledged::open(&*storage, &config.directory).map_err(host_error)?;
             let marks = acknowledged.marks();
             let queue = config.limits.writer_queue;
-            let started = Writer::start(disk.clone(), acknowledged, prepared_fatal, queue);
+            let standings = Arc::new(Standings::new(disk.standings().map_err(host_error)?));
+            let life = Life::begin(&disk).map_err(host_error)?;
+            let started = Writer::start(disk.clone(), acknowledged, standings.clone(), prepared_fatal, queue);
             let (writer, running) = started.map_err(host_error)?;
             let open = Open { disk, marks, writer: running };
-            Ok((open, identity, known, writer))
+            Ok((open, Disks { identity, life, incarnations, standings }, writer))
         });
         let opened = opening.await.map_err(|error| HostError::Storage(error.to_string()))?;
-        let (open, identity, known, writer) = opened?;
-        let node = Arc::new(Node::new(config, identity, known, fatal, writer, connect, storage));
+        let (open, disks, writer) = opened?;
+        let node = Arc::new(Node::new(config, disks, fatal, writer, connect, storage));
+        tokio::spawn(save_standings(node.clone()));
         Ok(Host { node, open: Mutex::new(Some(open)) })
     }
 
@@ -112,13 +116,16 @@ impl Host {
         let raft = Raft::build(self.node.config.node.0, Arc::new(config), network, store, machine).await;
         let raft = raft.map_err(|error| HostError::Storage(error.to_string()))?;
         raft.run();
-        let started = Group::start(group, self.node.clone(), raft, replica, log);
+        let founders = voters.iter().map(|(id, address)| (id.0, address.clone())).collect();
+        let started = Group::start(group, self.node.clone(), raft, replica, log, founders);
         {
             let mut endpoints = self.node.endpoints.write().expect("nothing panics while it holds this lock");
             endpoints.insert(group, started.endpoint());
         }
         if pristine && voters.contains_key(&self.node.config.node) {
-            started.found(voters).await.map_err(HostError::Storage)?;
+            // Another node may have refused this one meanwhile.
+            let stopped = |error| self.node.fatal.get().map_or(HostError::Storage(error), HostError::Stopped);
+            started.found(voters).await.map_err(stopped)?;
         }
         Ok(started)
     }
@@ -217,6 +224,21 @@ impl Host {
         }
         // Closing waits for the database's own threads.
         drop(apart(&self.node.storage, move || drop(disk)).await);
+    }
+}
+
+/// What others have told is kept even if there is nothing else to write, a little later.
+async fn save_standings(node: Arc<Node>) {
+    let mut stop = node.stop.subscribe();
+    loop {
+        tokio::select! {
+            _ = stop.wait_for(|stop| *stop) => return,
+            () = sleep(SAVE_AFTER) => {}
+        }
+        // An error means that the node stops.
+        if node.standings.has_unsaved() && node.writer.submit(Operation::Standings).await.is_err() {
+            return;
+        }
     }
 }
 

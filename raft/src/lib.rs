@@ -15,7 +15,8 @@
 //! - A state change, the applied index and the running hash are one atomic write (R5).
 //! - Everything has a bound: queues, messages in flight, memory for recent entries, the log on disk.
 //! - No lock is held across an await.
-//! - A node is who its disk says it is: another disk under the same id is refused by all who knew the first.
+//! - A node is who its disk says it is: another disk under the same id is refused by all who knew the first, and so is an older copy
+//!   of the same disk. Until the others have looked at it, a replica doesn't vote.
 //!
 //! The formats on disk are described in `docs/storage.md`.
 
@@ -23,6 +24,7 @@ mod acknowledged;
 mod api;
 mod disk;
 mod fatal;
+mod gate;
 mod group;
 mod host;
 mod log;
@@ -34,11 +36,13 @@ mod peer;
 mod replica;
 mod service;
 mod snapshot;
+mod standing;
 mod state;
 pub mod storage;
 #[cfg(test)]
 mod suite;
 mod types;
+mod wal;
 mod writer;
 
 pub use api::*;

@@ -30,7 +30,7 @@ use crate::{
     disk::apart,
     node::Node,
     peer::{self, Answer, Peer, kind},
-    snapshot::SnapshotFile,
+    snapshot::{self, SnapshotFile},
     storage::Storage,
     types::{LogId, Types, Vote},
 };
@@ -65,6 +65,17 @@ pub(crate) struct Line {
 }
 
 impl Line {
+    /// Asks for a vote, once this node itself may vote.
+    async fn ask_for_vote(
+        &self,
+        kind: u32,
+        rpc: &VoteRequest<Types>,
+        patience: Duration,
+    ) -> Result<VoteResponse<Types>, Error> {
+        self.node.gate(GroupId(self.group)).pass(patience).await.map_err(unreachable)?;
+        self.call(kind, rpc, patience).await
+    }
+
     async fn call<Request: Serialize, Reply: DeserializeOwned>(
         &self,
         kind: u32,
@@ -82,11 +93,24 @@ impl Line {
         Duration::from_millis(self.node.config.timing.request_timeout_ms)
     }
 
+    /// A damaged snapshot isn't sent: nobody would take it. At the next start it is set aside, and another one is made.
+    async fn check_snapshot(&self, snapshot: &SnapshotFile) -> Result<(), Error> {
+        let (file, group) = (snapshot.clone(), GroupId(self.group));
+        let checked = apart(&self.node.storage, move || snapshot::verify(&file, group)).await;
+        let checked = checked.map_err(|error| unreachable(error.to_string()))?;
+        checked.map(drop).map_err(|error| {
+            let why = format!("read {}: {error}; start the node again", snapshot.path.display());
+            self.node.fatal.raise(&why);
+            unreachable(why)
+        })
+    }
+
     async fn send_snapshot(
         &self,
         vote: &Vote,
         snapshot: &SnapshotFile,
     ) -> Result<SnapshotResponse<Types>, Error> {
+        self.check_snapshot(snapshot).await?;
         let first = v1::SnapshotChunk {
             hello: Some(self.node.hello(self.peer.id())),
             group: self.group,
@@ -178,7 +202,7 @@ impl RaftNetworkV2<Types> for Line {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, Error> {
-        self.call(kind::VOTE, &rpc, option.soft_ttl()).await
+        self.ask_for_vote(kind::VOTE, &rpc, option.soft_ttl()).await
     }
 
     async fn pre_vote(
@@ -186,7 +210,7 @@ impl RaftNetworkV2<Types> for Line {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, Error> {
-        self.call(kind::PRE_VOTE, &rpc, option.soft_ttl()).await
+        self.ask_for_vote(kind::PRE_VOTE, &rpc, option.soft_ttl()).await
     }
 
     async fn full_snapshot(

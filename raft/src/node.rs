@@ -16,8 +16,10 @@ use crate::{
     api::HostConfig,
     disk::{Identity, incarnation_key, seal},
     fatal::Fatal,
+    gate::Gate,
     peer::Peer,
     snapshot::SnapshotFile,
+    standing::{Greeted, Life, Standing, Standings, Start, standing_key},
     storage::Storage,
     writer::{Operation, Writer},
 };
@@ -45,7 +47,7 @@ pub(crate) trait Endpoint: Send + Sync {
 pub(crate) enum Refusal {
     /// It was configured for something else.
     Stranger(String),
-    /// It has another disk than before.
+    /// It has another disk than before, or an older copy of it.
     OtherDisk(String),
     /// It was removed from the cluster.
     Removed(String),
@@ -53,10 +55,22 @@ pub(crate) enum Refusal {
     Stopped(String),
 }
 
+/// Whose disk this is, and what is known of the others'.
+pub(crate) struct Disks {
+    pub(crate) identity: Identity,
+    /// The starts of its disk.
+    pub(crate) life: Life,
+    pub(crate) incarnations: BTreeMap<u64, Vec<u8>>,
+    pub(crate) standings: Arc<Standings>,
+}
+
 /// What all parts of a host share.
 pub(crate) struct Node {
     pub(crate) config: HostConfig,
     pub(crate) identity: Identity,
+    /// The starts of its disk.
+    pub(crate) life: Life,
+    pub(crate) standings: Arc<Standings>,
     pub(crate) fatal: Fatal,
     pub(crate) writer: Writer,
     pub(crate) connect: Arc<dyn Connect>,
@@ -66,6 +80,9 @@ pub(crate) struct Node {
     pub(crate) endpoints: RwLock<BTreeMap<GroupId, Arc<dyn Endpoint>>>,
     /// Nodes that were removed from the cluster: nobody listens to them.
     pub(crate) removed: watch::Sender<BTreeSet<NodeId>>,
+    /// The nodes that have taken this one's greeting.
+    accepted: watch::Sender<BTreeSet<u64>>,
+    gates: Mutex<BTreeMap<GroupId, Gate>>,
     known: Mutex<BTreeMap<u64, Vec<u8>>>,
     peers: Mutex<BTreeMap<u64, Arc<Peer>>>,
 }
@@ -73,8 +90,7 @@ pub(crate) struct Node {
 impl Node {
     pub(crate) fn new(
         config: HostConfig,
-        identity: Identity,
-        known: BTreeMap<u64, Vec<u8>>,
+        disks: Disks,
         fatal: Fatal,
         writer: Writer,
         connect: Arc<dyn Connect>,
@@ -82,7 +98,9 @@ impl Node {
     ) -> Node {
         Node {
             config,
-            identity,
+            identity: disks.identity,
+            life: disks.life,
+            standings: disks.standings,
             fatal,
             writer,
             connect,
@@ -90,7 +108,9 @@ impl Node {
             stop: watch::Sender::new(false),
             endpoints: RwLock::default(),
             removed: watch::Sender::default(),
-            known: Mutex::new(known),
+            accepted: watch::Sender::default(),
+            gates: Mutex::default(),
+            known: Mutex::new(disks.incarnations),
             peers: Mutex::default(),
         }
     }
@@ -102,12 +122,35 @@ impl Node {
             node: self.identity.node,
             to,
             incarnation: self.identity.incarnation.clone().into(),
+            start: self.life.now.number,
+            nonce: self.life.now.nonce.to_vec().into(),
+            past: self.life.past.iter().map(past_to_wire).collect(),
         }
     }
 
-    /// Checks a greeting. The first incarnation of a node that was ever seen is remembered, durably, before anything else is
-    /// heard from it.
-    pub(crate) async fn check_hello(&self, hello: &v1::Hello) -> Result<(), Refusal> {
+    /// A frame to another node. What it answers is on disk already: so `promises` counts it.
+    pub(crate) fn frame(&self, hello: Option<v1::Hello>, messages: Vec<v1::RaftMessage>) -> v1::RaftFrame {
+        v1::RaftFrame { hello, messages, promises: self.writer.promises() }
+    }
+
+    /// Another node has taken this one's greeting.
+    pub(crate) fn accept(&self, id: u64) {
+        self.accepted.send_if_modified(|accepted| accepted.insert(id));
+    }
+
+    /// Who has taken this node's greeting.
+    pub(crate) fn accepted(&self) -> watch::Receiver<BTreeSet<u64>> {
+        self.accepted.subscribe()
+    }
+
+    /// What keeps the replica of a group from voting.
+    pub(crate) fn gate(&self, group: GroupId) -> Gate {
+        lock(&self.gates).entry(group).or_insert_with(Gate::new).clone()
+    }
+
+    /// Checks a greeting, and gives the start that speaks. The first incarnation of a node that was ever seen, and each of its starts,
+    /// are remembered, durably, before anything else is heard from it.
+    pub(crate) async fn check_hello(&self, hello: &v1::Hello) -> Result<Start, Refusal> {
         if let Some(message) = self.fatal.get() {
             return Err(Refusal::Stopped(message));
         }
@@ -134,10 +177,8 @@ impl Node {
             match known.get(&hello.node) {
                 Some(incarnation) if *incarnation == hello.incarnation[..] => false,
                 Some(_) => {
-                    return Err(Refusal::OtherDisk(format!(
-                        "node {} came back with another disk; give it a new node id",
-                        hello.node
-                    )));
+                    let why = format!("node {} came back with another disk", hello.node);
+                    return Err(Refusal::OtherDisk(with_way_back(&why)));
                 }
                 None => {
                     known.insert(hello.node, hello.incarnation.to_vec());
@@ -145,16 +186,30 @@ impl Node {
                 }
             }
         };
+        let stopped = |error: io::Error| Refusal::Stopped(error.to_string());
         if fresh {
-            self.remember(hello).await.map_err(|error| Refusal::Stopped(error.to_string()))
-        } else {
-            Ok(())
+            let key = incarnation_key(hello.node);
+            self.remember(&key, seal(&key, &hello.incarnation.to_vec())).await.map_err(stopped)?;
+        }
+        let told = life_from_wire(hello)
+            .ok_or_else(|| Refusal::Stranger(format!("node {} speaks another version", hello.node)))?;
+        let start = told.now;
+        match self.standings.greeted(hello.node, &told) {
+            Ok(Greeted::Known) => Ok(start),
+            Ok(Greeted::Remember(standing)) => {
+                let key = standing_key(hello.node);
+                self.remember(&key, seal(&key, &standing)).await.map_err(stopped)?;
+                self.standings.remembered(hello.node, start);
+                Ok(start)
+            }
+            Err(why) => {
+                let why = format!("an older copy of a disk: {why}");
+                Err(Refusal::OtherDisk(with_way_back(&why)))
+            }
         }
     }
 
-    async fn remember(&self, hello: &v1::Hello) -> io::Result<()> {
-        let key = incarnation_key(hello.node);
-        let value = seal(&key, &hello.incarnation.to_vec());
+    async fn remember(&self, key: &[u8], value: Vec<u8>) -> io::Result<()> {
         self.writer.perform(|done| Operation::Meta { key: key.to_vec(), value, done }).await
     }
 
@@ -193,6 +248,27 @@ impl Node {
         let endpoints = self.endpoints.read().expect("nothing panics while it holds this lock");
         endpoints.values().cloned().collect()
     }
+}
+
+fn past_to_wire(past: &Standing) -> v1::PastStart {
+    let Standing { start, promises } = past;
+    v1::PastStart { start: start.number, nonce: start.nonce.to_vec().into(), promises: *promises }
+}
+
+fn life_from_wire(hello: &v1::Hello) -> Option<Life> {
+    let start = |number, nonce: &[u8]| Some(Start { number, nonce: nonce.try_into().ok()? });
+    let past = hello
+        .past
+        .iter()
+        .map(|past| Some(Standing { start: start(past.start, &past.nonce)?, promises: past.promises }));
+    Some(Life { now: start(hello.start, &hello.nonce)?, past: past.collect::<Option<_>>()? })
+}
+
+fn with_way_back(why: &str) -> String {
+    format!(
+        "{why}. It must not vote under this id again: remove it from the cluster, and add it under a new node id, with an empty data \
+         folder"
+    )
 }
 
 /// Waits until the host stops.

@@ -1,11 +1,14 @@
 //! The disk of this machine: RocksDB and plain files.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, OpenOptions, TryLockError},
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -16,8 +19,9 @@ use rocksdb::{
 
 use crate::{
     api::HostError,
-    disk::damaged,
+    disk::{damaged, host_error, seal},
     storage::{Batch, Cursor, File, Open, Reads, Start, Storage, Table, Tables},
+    wal::{self, SYNCED, SyncedFile},
 };
 
 /// Memtables: small ones would be flushed all the time, large ones make recovery slow.
@@ -34,12 +38,15 @@ pub struct OnDisk;
 impl Storage for OnDisk {
     fn open_tables(&self, folder: &Path, cache_bytes: usize) -> Result<Box<dyn Tables>, HostError> {
         let path = folder.join("db");
+        let lock = lock_folder(folder)?;
+        let synced = SyncedFile::open(&folder.join("synced")).map_err(host_error)?;
+        wal::mend(&path, synced.sequence(), || oldest_log(&path)).map_err(host_error)?;
         let mut options = Options::default();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
         options.set_paranoid_checks(true);
-        // Damage inside the write-ahead log is an error; only a torn last record is its end.
-        options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+        // What was torn is cut off already: anything else is damage.
+        options.set_wal_recovery_mode(DBRecoveryMode::AbsoluteConsistency);
         options.set_track_and_verify_wals_in_manifest(true);
         options.set_max_total_wal_size(WAL_BYTES_MAX);
         options.set_max_background_jobs(2);
@@ -60,14 +67,27 @@ impl Storage for OnDisk {
             options.set_compression_type(rocksdb::DBCompressionType::Lz4);
             ColumnFamilyDescriptor::new(name(table), options)
         };
-        match DB::open_cf_descriptors(&options, &path, Table::ALL.map(family)) {
-            Ok(db) => Ok(Box::new(Rocks(Arc::new(db)))),
-            Err(error) => Err(open_error(&path, error)),
+        let db = DB::open_cf_descriptors(&options, &path, Table::ALL.map(family));
+        let db = db.map_err(|error| open_error(&path, error))?;
+        let (found, remembered) = (db.latest_sequence_number(), synced.sequence());
+        if found < remembered {
+            return Err(HostError::Damaged(format!(
+                "{}: everything up to write {remembered} was synced, but it ends at {found}",
+                path.display()
+            )));
         }
+        // The names of the database and of the files beside it.
+        sync_folder(folder).map_err(host_error)?;
+        let tables = Shared { db, synced: AtomicU64::new(0), file: Mutex::new(synced), _lock: lock };
+        Ok(Box::new(Rocks(Arc::new(tables))))
     }
 
     fn create_folder(&self, folder: &Path) -> io::Result<()> {
-        fs::create_dir_all(folder)
+        let folder = std::path::absolute(folder)?;
+        let missing = folder.ancestors().take_while(|above| !above.exists()).count();
+        fs::create_dir_all(&folder)?;
+        // The innermost one may have been made by a process that was killed before it could do this.
+        folder.ancestors().skip(1).take(missing.max(1)).try_for_each(sync_folder)
     }
 
     fn list(&self, folder: &Path) -> io::Result<Vec<PathBuf>> {
@@ -91,8 +111,7 @@ impl Storage for OnDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fs::rename(from, to)?;
-        let folder = to.parent().ok_or_else(|| io::Error::other("a file stands in a folder"))?;
-        fs::File::open(folder)?.sync_all()
+        sync_folder(to.parent().ok_or_else(|| io::Error::other("a file stands in a folder"))?)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
@@ -121,8 +140,53 @@ impl File for PlainFile {
     }
 }
 
+/// Makes the names in a folder durable.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    fs::File::open(folder)?.sync_all()
+}
+
+/// Nobody else may open the tables of a folder while the file that is given lives. RocksDB has a lock of its own, but its logs are looked
+/// at before.
+fn lock_folder(folder: &Path) -> Result<fs::File, HostError> {
+    let file = OpenOptions::new().create(true).truncate(false).write(true).open(folder.join("lock"));
+    let file = file.map_err(host_error)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(HostError::Locked(folder.to_path_buf())),
+        Err(TryLockError::Error(error)) => Err(host_error(error)),
+    }
+}
+
+/// The number of the oldest write-ahead log that the database still needs, as far as it knows without any of them.
+fn oldest_log(path: &Path) -> io::Result<u64> {
+    let nowhere = path.with_file_name("no-logs");
+    fs::create_dir_all(&nowhere)?;
+    let mut options = Options::default();
+    options.set_wal_dir(&nowhere);
+    let families = DB::list_cf(&options, path).map_err(io_error)?;
+    let db = DB::open_cf_for_read_only(&options, path, families, false).map_err(io_error)?;
+    let oldest = db.property_int_value("rocksdb.min-log-number-to-keep").map_err(io_error)?;
+    drop(db);
+    fs::remove_dir_all(&nowhere)?;
+    oldest.ok_or_else(|| io::Error::other("the database doesn't tell its oldest log"))
+}
+
 /// The database: a column family for each table.
-struct Rocks(Arc<DB>);
+struct Rocks(Arc<Shared>);
+
+struct Shared {
+    db: DB,
+    /// Everything up to this sequence number is on disk, if it isn't 0, and no batch has said so yet.
+    synced: AtomicU64,
+    file: Mutex<SyncedFile>,
+    _lock: fs::File,
+}
+
+impl Shared {
+    fn file(&self) -> MutexGuard<'_, SyncedFile> {
+        self.file.lock().expect("nothing panics while it holds this lock")
+    }
+}
 
 fn name(table: Table) -> &'static str {
     match table {
@@ -138,7 +202,7 @@ fn family(db: &DB, table: Table) -> &ColumnFamily {
 
 impl Reads for Rocks {
     fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Bytes>> {
-        let value = self.0.get_pinned_cf(family(&self.0, table), key).map_err(io_error)?;
+        let value = self.0.db.get_pinned_cf(family(&self.0.db, table), key).map_err(io_error)?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
@@ -150,21 +214,26 @@ impl Reads for Rocks {
         start: Start,
     ) -> Box<dyn Cursor + 'a> {
         let options = range(from, to);
-        place(self.0.raw_iterator_cf_opt(family(&self.0, table), options), start)
+        place(self.0.db.raw_iterator_cf_opt(family(&self.0.db, table), options), start)
     }
 }
 
 impl Tables for Rocks {
     fn batch(&self) -> Box<dyn Batch> {
-        Box::new(RocksBatch { db: self.0.clone(), changes: WriteBatch::default() })
+        Box::new(RocksBatch { tables: self.0.clone(), changes: WriteBatch::default() })
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.flush_wal(true).map_err(io_error)
+        let mut file = self.0.file();
+        let sequence = self.0.db.latest_sequence_number();
+        self.0.db.flush_wal(true).map_err(io_error)?;
+        file.write(sequence)?;
+        self.0.synced.store(sequence, Ordering::Release);
+        Ok(())
     }
 
     fn view(&self) -> Box<dyn Reads + '_> {
-        Box::new(RocksView { db: &self.0, snapshot: self.0.snapshot() })
+        Box::new(RocksView { db: &self.0.db, snapshot: self.0.db.snapshot() })
     }
 }
 
@@ -231,21 +300,21 @@ impl Cursor for RocksCursor<'_> {
 }
 
 struct RocksBatch {
-    db: Arc<DB>,
+    tables: Arc<Shared>,
     changes: WriteBatch,
 }
 
 impl Batch for RocksBatch {
     fn put(&mut self, table: Table, key: &[u8], value: &[u8]) {
-        self.changes.put_cf(family(&self.db, table), key, value);
+        self.changes.put_cf(family(&self.tables.db, table), key, value);
     }
 
     fn delete(&mut self, table: Table, key: &[u8]) {
-        self.changes.delete_cf(family(&self.db, table), key);
+        self.changes.delete_cf(family(&self.tables.db, table), key);
     }
 
     fn delete_range(&mut self, table: Table, from: &[u8], to: &[u8]) {
-        self.changes.delete_range_cf(family(&self.db, table), from, to);
+        self.changes.delete_range_cf(family(&self.tables.db, table), from, to);
     }
 
     fn bytes(&self) -> usize {
@@ -253,8 +322,12 @@ impl Batch for RocksBatch {
     }
 
     fn write(self: Box<Self>) -> io::Result<()> {
-        let RocksBatch { db, changes } = *self;
-        db.write(changes).map_err(io_error)
+        let RocksBatch { tables, mut changes } = *self;
+        let synced = tables.synced.swap(0, Ordering::AcqRel);
+        if synced > 0 {
+            changes.put_cf(family(&tables.db, Table::Meta), SYNCED, seal(SYNCED, &synced));
+        }
+        tables.db.write(changes).map_err(io_error)
     }
 }
 
@@ -270,5 +343,126 @@ fn io_error(error: rocksdb::Error) -> io::Error {
     match error.kind() {
         rocksdb::ErrorKind::Corruption => damaged(error.as_ref()),
         _ => io::Error::other(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY_BYTES: usize = 8;
+
+    fn put(tables: &dyn Tables, number: u64) {
+        let mut batch = tables.batch();
+        batch.put(Table::State, &number.to_be_bytes(), &[number as u8; 3000]);
+        batch.write().unwrap();
+    }
+
+    fn open(folder: &Path) -> Result<Box<dyn Tables>, HostError> {
+        OnDisk.open_tables(folder, 1 << 20)
+    }
+
+    /// The numbers that are there.
+    fn found(tables: &dyn Tables) -> Vec<u64> {
+        let mut cursor = tables.cursor(Table::State, &[], None, Start::First);
+        let mut numbers = Vec::new();
+        while let Some((key, _)) = cursor.item() {
+            assert_eq!(key.len(), KEY_BYTES);
+            numbers.push(u64::from_be_bytes(key.try_into().unwrap()));
+            cursor.next();
+        }
+        cursor.status().unwrap();
+        numbers
+    }
+
+    fn newest_log(folder: &Path) -> PathBuf {
+        let files = fs::read_dir(folder.join("db")).unwrap().map(|entry| entry.unwrap().path());
+        let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+        logs.filter(|path| path.metadata().unwrap().len() > 0).max().unwrap()
+    }
+
+    /// Twenty numbers that were synced, and forty that were not. Gives the log, and how much of it was synced.
+    fn filled(folder: &Path) -> (PathBuf, u64) {
+        let tables = open(folder).unwrap();
+        (0..20).for_each(|number| put(&*tables, number));
+        tables.sync().unwrap();
+        let log = newest_log(folder);
+        let synced = log.metadata().unwrap().len();
+        (20..60).for_each(|number| put(&*tables, number));
+        (log, synced)
+    }
+
+    #[test]
+    fn holes_in_what_was_not_synced_are_cut_off_with_all_that_is_behind_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let (log, synced) = filled(folder.path());
+        let whole = fs::read(&log).unwrap();
+        let copy = folder.path().join("copy");
+        let mut counts = Vec::new();
+        for (place, hole) in
+            [(70_000, 40_000), (synced, 4096), (synced + 4096, 512), (100_000, 1), (61_440, 80_000)]
+        {
+            let _ = fs::remove_dir_all(&copy);
+            fs::create_dir_all(copy.join("db")).unwrap();
+            for entry in fs::read_dir(folder.path().join("db")).unwrap() {
+                let entry = entry.unwrap();
+                fs::copy(entry.path(), copy.join("db").join(entry.file_name())).unwrap();
+            }
+            fs::copy(folder.path().join("synced"), copy.join("synced")).unwrap();
+            let mut torn = whole.clone();
+            let from = place.max(synced) as usize;
+            torn[from..(from + hole).min(whole.len())].fill(0);
+            fs::write(copy.join("db").join(log.file_name().unwrap()), torn).unwrap();
+            let tables = open(&copy).unwrap();
+            let numbers = found(&*tables);
+            assert!(numbers.len() >= 20, "what was synced is lost: {numbers:?}");
+            assert!(
+                numbers.iter().copied().eq(0..numbers.len() as u64),
+                "a hole was passed over: {numbers:?}"
+            );
+            counts.push(numbers.len());
+        }
+        assert!(counts.iter().all(|count| *count < 60), "nothing was torn: {counts:?}");
+        assert!(counts.iter().any(|count| *count > 20), "all that wasn't synced is always cut: {counts:?}");
+    }
+
+    #[test]
+    fn a_hole_in_what_was_synced_is_damage_whatever_else_is_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        {
+            let tables = open(folder.path()).unwrap();
+            for number in 0..60 {
+                put(&*tables, number);
+                tables.sync().unwrap();
+            }
+        }
+        let log = newest_log(folder.path());
+        let whole = fs::read(&log).unwrap();
+        let beside = folder.path().join("synced");
+        let remembered = fs::read(&beside).unwrap();
+        for place in [100, 5_000, 40_000, 90_000] {
+            for forgotten in [false, true] {
+                let mut damaged = whole.clone();
+                damaged[place] ^= 4;
+                fs::write(&log, &damaged).unwrap();
+                if forgotten {
+                    // As after a loss of power.
+                    fs::remove_file(&beside).unwrap();
+                }
+                let refused = open(folder.path()).err().expect("damage is refused");
+                assert!(
+                    matches!(&refused, HostError::Damaged(why) if why.contains("was synced")),
+                    "{refused}"
+                );
+                assert_eq!(fs::read(&log).unwrap(), damaged, "it was changed");
+                fs::write(&beside, &remembered).unwrap();
+            }
+        }
+        // A log that ends too early has nothing behind it that tells.
+        fs::write(&log, &whole[..whole.len() / 2]).unwrap();
+        let refused = open(folder.path()).err().expect("a cut log is refused");
+        assert!(matches!(&refused, HostError::Damaged(_)), "{refused}");
+        fs::write(&log, &whole).unwrap();
+        assert_eq!(found(&*open(folder.path()).unwrap()).len(), 60);
     }
 }

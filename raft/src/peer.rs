@@ -23,7 +23,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming, transport::Channel};
 use verdict_proto::v1::{self, raft_client::RaftClient};
 
-use crate::node::{Node, Refusal, stopping};
+use crate::{
+    node::{Node, Refusal, stopping},
+    standing::Start,
+};
 
 /// Kinds of messages.
 pub(crate) mod kind {
@@ -31,6 +34,8 @@ pub(crate) mod kind {
     pub(crate) const VOTE: u32 = 2;
     pub(crate) const PRE_VOTE: u32 = 3;
     pub(crate) const TRANSFER: u32 = 4;
+    /// Asks for nothing but the greeting that comes before it.
+    pub(crate) const GREET: u32 = 5;
     /// The answer to any of them.
     pub(crate) const REPLY: u32 = 64;
     /// The request couldn't be answered; the body says why.
@@ -158,20 +163,24 @@ impl Task {
         let patience = Duration::from_millis(node.config.timing.request_timeout_ms);
         let (frames, outgoing) = mpsc::channel(FRAMES);
         let opened = timeout(patience, open(node, self.id, &self.address, &frames, outgoing)).await;
-        let incoming = match opened {
-            Ok(Ok(incoming)) => incoming,
+        let (incoming, start) = match opened {
+            Ok(Ok(opened)) => opened,
             Ok(Err(error)) => return error,
             Err(_) => return "nobody answers".to_owned(),
         };
+        node.accept(self.id);
         let pending = Pending::default();
+        let id = self.id;
+        let heard = |promises| node.standings.heard(id, start, promises);
         tokio::select! {
-            error = read_replies(incoming, &pending, patience) => error,
-            error = self.write_requests(first, frames, &pending) => error,
+            error = read_replies(incoming, &pending, patience, heard) => error,
+            error = self.write_requests(node, first, frames, &pending) => error,
         }
     }
 
     async fn write_requests(
         &mut self,
+        node: &Node,
         first: Request,
         frames: mpsc::Sender<v1::RaftFrame>,
         pending: &Pending,
@@ -181,7 +190,7 @@ impl Task {
             let Some(request) = next.take() else { return "nobody needs it any more".to_owned() };
             // Room first: while the connection is busy, the frame grows.
             let Ok(room) = frames.reserve().await else { return "closed".to_owned() };
-            let mut frame = v1::RaftFrame::default();
+            let mut frame = node.frame(None, Vec::new());
             let mut bytes = self.add(&mut frame, request, pending);
             while bytes < FRAME_BYTES && frame.messages.len() < FRAME_MESSAGES {
                 match self.requests.try_recv() {
@@ -214,8 +223,8 @@ async fn open(
     address: &str,
     frames: &mpsc::Sender<v1::RaftFrame>,
     outgoing: mpsc::Receiver<v1::RaftFrame>,
-) -> Result<Streaming<v1::RaftFrame>, String> {
-    let greeting = v1::RaftFrame { hello: Some(node.hello(id)), messages: Vec::new() };
+) -> Result<(Streaming<v1::RaftFrame>, Start), String> {
+    let greeting = node.frame(Some(node.hello(id)), Vec::new());
     frames.send(greeting).await.map_err(|_| "closed".to_owned())?;
     let mut client = client(node, address)?;
     let opened = client.exchange(ReceiverStream::new(outgoing)).await;
@@ -226,7 +235,7 @@ async fn open(
         return Err(format!("node {} answers where node {id} was expected", hello.node));
     }
     match node.check_hello(&hello).await {
-        Ok(()) => Ok(incoming),
+        Ok(start) => Ok((incoming, start)),
         Err(
             Refusal::Stranger(why) | Refusal::OtherDisk(why) | Refusal::Removed(why) | Refusal::Stopped(why),
         ) => {
@@ -248,6 +257,7 @@ async fn read_replies(
     mut incoming: Streaming<v1::RaftFrame>,
     pending: &Pending,
     patience: Duration,
+    heard: impl Fn(u64),
 ) -> String {
     loop {
         let frame = match timeout(patience / 2, incoming.message()).await {
@@ -257,6 +267,7 @@ async fn read_replies(
             Ok(Ok(None)) => return "the other side ended the stream".to_owned(),
             Ok(Ok(Some(frame))) => frame,
         };
+        heard(frame.promises);
         for message in frame.messages {
             if let Some(answer) = pending.remove(message.request) {
                 let outcome = match message.kind {

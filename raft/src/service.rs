@@ -25,6 +25,7 @@ use crate::{
     node::{Endpoint, Node, Refusal, stopping},
     peer::{FRAME_MESSAGES, FRAMES, kind},
     snapshot::{self, SnapshotFile},
+    standing::Start,
     storage::{Open, Storage},
 };
 
@@ -42,10 +43,10 @@ impl Service {
         Service { node }
     }
 
-    async fn greeted(&self, hello: Option<v1::Hello>) -> Result<NodeId, Status> {
+    async fn greeted(&self, hello: Option<v1::Hello>) -> Result<(NodeId, Start), Status> {
         let hello = hello.ok_or_else(|| Status::invalid_argument("the first message says who speaks"))?;
         match self.node.check_hello(&hello).await {
-            Ok(()) => Ok(NodeId(hello.node)),
+            Ok(start) => Ok((NodeId(hello.node), start)),
             Err(Refusal::Stranger(why)) => Err(Status::permission_denied(why)),
             Err(Refusal::OtherDisk(why) | Refusal::Removed(why)) => Err(Status::failed_precondition(why)),
             Err(Refusal::Stopped(why)) => Err(Status::unavailable(why)),
@@ -67,11 +68,12 @@ impl raft_server::Raft for Service {
         let mut incoming = request.into_inner();
         let first = timeout(self.patience(), incoming.message()).await;
         let first = first.map_err(|_| Status::deadline_exceeded("no greeting"))??.unwrap_or_default();
-        let from = self.greeted(first.hello).await?;
+        let (from, start) = self.greeted(first.hello).await?;
         let (outgoing, frames) = mpsc::channel(FRAMES);
-        let greeting = v1::RaftFrame { hello: Some(self.node.hello(from.0)), messages: Vec::new() };
+        let greeting = self.node.frame(Some(self.node.hello(from.0)), Vec::new());
         outgoing.send(Ok(greeting)).await.map_err(|_| Status::cancelled("closed"))?;
-        let conversation = Conversation { node: self.node.clone(), working: FuturesUnordered::new() };
+        let conversation =
+            Conversation { node: self.node.clone(), from, start, working: FuturesUnordered::new() };
         let (node, stop) = (self.node.clone(), stopping(self.node.stop.subscribe()));
         tokio::spawn(async move {
             tokio::select! {
@@ -150,6 +152,8 @@ async fn receive(
 
 struct Conversation {
     node: Arc<Node>,
+    from: NodeId,
+    start: Start,
     working: FuturesUnordered<BoxFuture<'static, v1::RaftMessage>>,
 }
 
@@ -168,7 +172,7 @@ impl Conversation {
                     let Ok(room) = room else { return };
                     let rest = replies.split_off(replies.len().min(FRAME_MESSAGES));
                     let messages = std::mem::replace(&mut replies, rest);
-                    room.send(Ok(v1::RaftFrame { hello: None, messages }));
+                    room.send(Ok(self.node.frame(None, messages)));
                 }
                 Some(reply) = self.working.next(), if replies.len() < REQUESTS_MAX => {
                     replies.push(reply);
@@ -176,6 +180,7 @@ impl Conversation {
                 }
                 frame = incoming.message(), if self.working.len() < REQUESTS_MAX => {
                     let Ok(Some(frame)) = frame else { return };
+                    self.node.standings.heard(self.from.0, self.start, frame.promises);
                     for message in frame.messages {
                         self.begin(message, &mut replies).await;
                     }
@@ -214,6 +219,8 @@ fn answer(
     let v1::RaftMessage { group, request, kind: asked, body } = message;
     Box::pin(async move {
         let outcome = match endpoint {
+            // The greeting that came before it has said all.
+            _ if asked == kind::GREET => Ok(Vec::new()),
             Some(endpoint) => endpoint.handle(asked, body).await,
             None => Err(no_group(group)),
         };

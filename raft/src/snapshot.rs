@@ -74,7 +74,7 @@ pub(crate) struct Snapshots {
 }
 
 impl Snapshots {
-    /// Finds the newest snapshot of a group and removes older ones.
+    /// Finds the newest whole snapshot of a group and removes older ones.
     pub(crate) fn open(storage: Arc<dyn Storage>, directory: &Path, group: GroupId) -> io::Result<Snapshots> {
         let mut found: Vec<PathBuf> = Vec::new();
         for path in storage.list(directory)? {
@@ -90,10 +90,10 @@ impl Snapshots {
                 continue;
             }
             let file = SnapshotFile::open(&*storage, path)?;
-            match read_header(&mut BufReader::new(FileAt { file: &file, offset: 0 })) {
-                Ok(header) if header.group == group.0 => current = Some((header.meta, file)),
+            match verify(&file, group) {
+                Ok(meta) => current = Some((meta, file)),
                 // The state itself is in the database; a new snapshot will be made from it.
-                Ok(_) | Err(_) => {
+                Err(_) => {
                     tracing::warn!(path = %file.path.display(), "set a damaged snapshot aside");
                     storage.rename(&file.path, &file.path.with_extension("damaged"))?;
                 }
@@ -204,7 +204,7 @@ impl Snapshots {
     }
 }
 
-/// Reads a received file from end to end, and gives what it is a snapshot of.
+/// Reads a file from end to end, and gives what it is a snapshot of.
 pub(crate) fn verify(file: &SnapshotFile, group: GroupId) -> io::Result<SnapshotMeta> {
     let mut reader = FileReader::open(file, group)?;
     while reader.chunk()?.is_some() {}

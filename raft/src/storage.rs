@@ -143,7 +143,7 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     /// Opens the tables below `folder`, or makes them there.
     fn open_tables(&self, folder: &Path, cache_bytes: usize) -> Result<Box<dyn Tables>, HostError>;
 
-    /// Makes a folder, and those above it.
+    /// Makes a folder, and those above it. Durable on return.
     fn create_folder(&self, folder: &Path) -> io::Result<()>;
 
     /// The files of a folder, in the order of their names.

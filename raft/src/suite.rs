@@ -58,7 +58,8 @@ impl StoreBuilder<Types, LogStore, StateMachine<Nothing>, TempDir> for Builder {
         let (fatal, log) =
             (Fatal::new(), GroupLog::open(disk.clone(), group, TAIL_BYTES, Mark::default()).unwrap());
         let acknowledged = Acknowledged::open(&*storage, directory.path()).unwrap();
-        let (writer, _) = Writer::start(disk.clone(), acknowledged, fatal.clone(), 64).unwrap();
+        let (writer, _) =
+            Writer::start(disk.clone(), acknowledged, Arc::default(), fatal.clone(), 64).unwrap();
         let replica = Replica::open(disk, group, (), snapshots, 1 << 20, fatal).unwrap();
         Ok((directory, LogStore::new(log, writer), StateMachine(Arc::new(replica))))
     }

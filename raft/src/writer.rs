@@ -12,7 +12,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
 };
@@ -26,6 +26,7 @@ use crate::{
     disk::{Disk, GroupKey, group_key, log_key, seal},
     fatal::Fatal,
     log::GroupLog,
+    standing::{PROMISES, Standings},
     storage::{Batch as Changes, Table},
     types::{Entry, LogId, Types, Vote},
 };
@@ -38,11 +39,36 @@ pub(crate) type Done = oneshot::Sender<io::Result<()>>;
 
 /// Something to be made durable.
 pub(crate) enum Operation {
-    Append { log: Arc<GroupLog>, sequence: u64, entries: Vec<Entry>, done: IOFlushed<Types> },
-    Truncate { log: Arc<GroupLog>, from: u64, to: u64, done: Done },
-    Purge { log: Arc<GroupLog>, from: u64, upto: LogId, done: Done },
-    Vote { log: Arc<GroupLog>, vote: Vote, done: Done },
-    Meta { key: Vec<u8>, value: Vec<u8>, done: Done },
+    Append {
+        log: Arc<GroupLog>,
+        sequence: u64,
+        entries: Vec<Entry>,
+        done: IOFlushed<Types>,
+    },
+    Truncate {
+        log: Arc<GroupLog>,
+        from: u64,
+        to: u64,
+        done: Done,
+    },
+    Purge {
+        log: Arc<GroupLog>,
+        from: u64,
+        upto: LogId,
+        done: Done,
+    },
+    Vote {
+        log: Arc<GroupLog>,
+        vote: Vote,
+        done: Done,
+    },
+    Meta {
+        key: Vec<u8>,
+        value: Vec<u8>,
+        done: Done,
+    },
+    /// What is known of other nodes: whatever batch comes next takes it along, and this makes one come.
+    Standings,
     Stop,
 }
 
@@ -71,6 +97,7 @@ pub(crate) struct Writer {
     queue: mpsc::Sender<Operation>,
     fatal: Fatal,
     fail: Arc<AtomicBool>,
+    promises: Arc<AtomicU64>,
 }
 
 impl Writer {
@@ -78,12 +105,15 @@ impl Writer {
     pub(crate) fn start(
         disk: Arc<Disk>,
         acknowledged: Acknowledged,
+        standings: Arc<Standings>,
         fatal: Fatal,
         queue: usize,
     ) -> io::Result<(Writer, Running)> {
         let (sender, receiver) = mpsc::channel(queue);
-        let writer = Writer { queue: sender, fatal: fatal.clone(), fail: Arc::default() };
-        let worker = Worker { disk, acknowledged, fatal, queue: receiver, fail: writer.fail.clone() };
+        let promises = Arc::new(AtomicU64::new(disk.read_meta(PROMISES)?.unwrap_or(0)));
+        let writer = Writer { queue: sender, fatal: fatal.clone(), fail: Arc::default(), promises };
+        let (fail, promises) = (writer.fail.clone(), writer.promises.clone());
+        let worker = Worker { disk, acknowledged, standings, fatal, queue: receiver, fail, promises };
         let running = if worker.disk.storage().waits() {
             let run = move || futures::executor::block_on(worker.run());
             Running::Thread(thread::Builder::new().name("log-writer".to_owned()).spawn(run)?)
@@ -104,6 +134,11 @@ impl Writer {
         let (done, outcome) = oneshot::channel();
         self.submit(make(done)).await?;
         outcome.await.unwrap_or_else(|_| Err(io::Error::other("the log writer has stopped")))
+    }
+
+    /// How many batches that others rely on are on disk, over all starts of this node.
+    pub(crate) fn promises(&self) -> u64 {
+        self.promises.load(Ordering::Acquire)
     }
 
     /// Ends the thread after everything that was handed in before.
@@ -139,9 +174,11 @@ impl Running {
 struct Worker {
     disk: Arc<Disk>,
     acknowledged: Acknowledged,
+    standings: Arc<Standings>,
     fatal: Fatal,
     queue: mpsc::Receiver<Operation>,
     fail: Arc<AtomicBool>,
+    promises: Arc<AtomicU64>,
 }
 
 impl Worker {
@@ -181,6 +218,13 @@ impl Worker {
             self.acknowledged.update(&marks, true)?;
             failpoint!(TRUNCATE_MARKED, any of(&batch.done, Kind::Truncate));
         }
+        let promises = self.promises.load(Ordering::Acquire) + u64::from(batch.promises);
+        if batch.promises {
+            batch.changes.put(Table::Meta, PROMISES, &seal(PROMISES, &promises));
+        }
+        for (key, value) in self.standings.take_unsaved() {
+            batch.changes.put(Table::Meta, &key, &value);
+        }
         failpoint!(LOG_BEFORE_WRITE, any of(&batch.done, Kind::Append), fails)?;
         batch.changes.write()?;
         failpoint!(LOG_BEFORE_SYNC, any of(&batch.done, Kind::Append), fails)?;
@@ -190,6 +234,7 @@ impl Worker {
             return Err(io::Error::other("injected failure"));
         }
         failpoint!(LOG_SYNCED, any of(&batch.done, Kind::Append));
+        self.promises.store(promises, Ordering::Release);
         self.acknowledged.update(&marks, false)?;
         failpoint!(LOG_ACKNOWLEDGED, any of(&batch.done, Kind::Append));
         failpoint!(VOTE_SAVED, any of(&batch.done, Kind::Vote));
@@ -204,6 +249,8 @@ struct Batch {
     waiting: Vec<Waiting>,
     logs: Vec<Arc<GroupLog>>,
     truncates: bool,
+    /// Whether it holds something that others rely on once they are told.
+    promises: bool,
     /// What is done to which group, for failpoints.
     done: Vec<(Kind, u32)>,
 }
@@ -215,6 +262,7 @@ impl Batch {
             waiting: Vec::new(),
             logs: Vec::new(),
             truncates: false,
+            promises: false,
             done: Vec::new(),
         }
     }
@@ -234,6 +282,7 @@ impl Batch {
                 if let Some(last) = entries.last() {
                     log.set_queued_last(last.log_id.index);
                 }
+                self.promises = true;
                 self.note(&log, Kind::Append);
                 self.waiting.push(Waiting::Flushed(log, sequence, done));
             }
@@ -242,7 +291,7 @@ impl Batch {
                     self.changes.delete(Table::Log, &log_key(log.group(), index));
                 }
                 log.set_queued_last(from.saturating_sub(1));
-                self.truncates = true;
+                (self.truncates, self.promises) = (true, true);
                 self.note(&log, Kind::Truncate);
                 self.waiting.push(Waiting::Done(done));
             }
@@ -262,6 +311,7 @@ impl Batch {
                 let key = group_key(log.group(), GroupKey::Vote);
                 self.changes.put(Table::Meta, &key, &seal(&key, &vote));
                 log.set_queued_vote(vote.leader_id.term);
+                self.promises = true;
                 self.note(&log, Kind::Vote);
                 self.waiting.push(Waiting::Done(done));
             }
@@ -269,6 +319,7 @@ impl Batch {
                 self.changes.put(Table::Meta, &key, &value);
                 self.waiting.push(Waiting::Done(done));
             }
+            Operation::Standings => {}
             Operation::Stop => return true,
         }
         false

@@ -20,7 +20,7 @@ use verdict_protocol::{
     machine::{Machine, Position},
     store::{Store, StoreError},
 };
-use verdict_raft::{Group, Host, HostConfig, HostError, Limits, ProposeError, Timing};
+use verdict_raft::{Group, Host, HostConfig, HostError, Limits, Progress, ProposeError, Timing};
 
 const GROUP: GroupId = GroupId(0);
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -120,13 +120,6 @@ impl Cluster {
             limits: self.limits.clone(),
         };
         let host = Host::open(config, Arc::new(self.network.clone())).await?;
-        let incoming = ReceiverStream::new(self.network.listen(&address(node)));
-        let (server, stop) = oneshot::channel::<()>();
-        let router = tonic::transport::Server::builder().add_service(host.service());
-        let task = tokio::spawn(async move {
-            let stop = async { drop(stop.await) };
-            router.serve_with_incoming_shutdown(incoming, stop).await.unwrap();
-        });
         let voters = (1..=3).map(|node| (NodeId(node), address(node))).collect();
         let group = match host.start_group::<Registers>(GROUP, (), &voters).await {
             Ok(group) => group,
@@ -135,6 +128,14 @@ impl Cluster {
                 return Err(error);
             }
         };
+        // As in a node: nobody is answered before everything was found whole.
+        let incoming = ReceiverStream::new(self.network.listen(&address(node)));
+        let (server, stop) = oneshot::channel::<()>();
+        let router = tonic::transport::Server::builder().add_service(host.service());
+        let task = tokio::spawn(async move {
+            let stop = async { drop(stop.await) };
+            router.serve_with_incoming_shutdown(incoming, stop).await.unwrap();
+        });
         Ok(Running { host, group, server: Some(server), task })
     }
 
@@ -337,6 +338,32 @@ async fn a_follower_behind_the_purged_log_converges_by_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_fell_far_behind_catches_up_from_the_disk_while_the_load_goes_on() {
+    // Memory holds some twenty entries.
+    let mut cluster = Cluster::start_three(Limits { tail_bytes: 2048, ..Limits::default() }).await;
+    cluster.propose("a=0").await;
+    let leader = cluster.leader().await;
+    let behind = (1..=3).find(|node| *node != leader).unwrap();
+    cluster.stop(behind).await;
+    let group = cluster.group(leader);
+    let calls: Vec<_> = (0..3000).map(|call| group.start_propose(format!("k={call}").into_bytes())).collect();
+    for call in calls {
+        call.await.unwrap();
+    }
+    let goal = group.status().applied_index;
+    cluster.start(behind).await;
+    let begun = Instant::now();
+    while cluster.group(behind).status().applied_index < goal {
+        cluster.propose("b=1").await;
+        assert!(begun.elapsed() < PATIENCE, "it never catches up: {:?}", cluster.group(behind).status());
+    }
+    cluster.converge().await;
+    let status = cluster.group(leader).status();
+    assert_eq!(status.snapshot_index, 0, "it came by a snapshot: {status:?}");
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_with_another_disk_is_refused_and_stops() {
     let mut cluster = Cluster::start_three(Limits::default()).await;
     cluster.propose("a=1").await;
@@ -344,9 +371,7 @@ async fn a_node_with_another_disk_is_refused_and_stops() {
     let other = (1..=3).find(|node| *node != leader).unwrap();
     cluster.stop(other).await;
     std::fs::remove_dir_all(cluster.path(other)).unwrap();
-    cluster.start(other).await;
-    let mut fatal = cluster.nodes[&other].host.fatal();
-    let message = timeout(PATIENCE, fatal.wait_for(Option::is_some)).await.unwrap().unwrap().clone().unwrap();
+    let message = cluster.start_refused(other).await;
     assert!(message.contains(&format!("node {other} came back with another disk")), "{message}");
     cluster.propose("a=2").await;
     cluster.stop_all().await;
@@ -523,5 +548,323 @@ async fn one_of_three_commits_nothing_and_confirms_nothing() {
     assert!(!matches!(read, Ok(Ok(_))), "one of three confirms that it leads: {read:?}");
     assert!(!matches!(proposed, Ok(Ok(_))), "one of three commits: {proposed:?}");
     assert_eq!(group.status().position, position, "and applies it");
+    cluster.stop_all().await;
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let (path, name) = entry.map(|entry| (entry.path(), entry.file_name())).unwrap();
+        if path.is_dir() {
+            copy_folder(&path, &to.join(name));
+        } else {
+            std::fs::copy(&path, to.join(name)).unwrap();
+        }
+    }
+}
+
+fn put_back(copy: &Path, to: &Path) {
+    std::fs::remove_dir_all(to).unwrap();
+    copy_folder(copy, to);
+}
+
+impl Cluster {
+    async fn propose_some(&self, tag: &str) {
+        for call in 0..5 {
+            self.propose(&format!("a={tag}{call}")).await;
+        }
+        self.converge().await;
+    }
+
+    /// Starts a node whose disk must not be used, waits until it has stopped, and gives the reason.
+    async fn start_refused(&mut self, node: u64) -> String {
+        let running = match self.try_start(node).await {
+            Ok(running) => running,
+            // Others were quicker than the founding of its group.
+            Err(HostError::Stopped(message)) => return message,
+            Err(error) => panic!("{error}"),
+        };
+        let mut fatal = running.host.fatal();
+        let message = timeout(PATIENCE, fatal.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
+        assert!(!running.group.leadership().borrow().is_leader);
+        running.stop().await;
+        message.unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_copy_of_a_disk_is_refused_and_stops() {
+    let mut cluster = Cluster::start_three(Limits::default()).await;
+    cluster.propose_some("before").await;
+    let copy = cluster.directory.path().join("copy");
+    cluster.stop(3).await;
+    copy_folder(&cluster.path(3), &copy);
+    cluster.start(3).await;
+    cluster.propose_some("after").await;
+    cluster.stop(3).await;
+    put_back(&copy, &cluster.path(3));
+    let why = cluster.start_refused(3).await;
+    assert!(why.contains("an older copy of a disk") && why.contains("under a new node id"), "{why}");
+    // Nor does it help to start it again and again, until its starts have as high a number.
+    for _ in 0..3 {
+        let why = cluster.start_refused(3).await;
+        assert!(why.contains("an older copy of a disk"), "{why}");
+    }
+    cluster.propose("b=1").await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_of_a_running_disk_is_refused_even_after_the_others_were_restarted() {
+    for restart_others in [false, true] {
+        let mut cluster = Cluster::start_three(Limits::default()).await;
+        cluster.propose_some("before").await;
+        let copy = cluster.directory.path().join("copy");
+        copy_folder(&cluster.path(3), &copy);
+        cluster.propose_some("after").await;
+        // What others have told is on disk a second later at the latest.
+        sleep(Duration::from_millis(if restart_others { 2500 } else { 0 })).await;
+        cluster.stop(3).await;
+        if restart_others {
+            for node in [1, 2] {
+                cluster.stop(node).await;
+            }
+            for node in [1, 2] {
+                cluster.start(node).await;
+            }
+        }
+        put_back(&copy, &cluster.path(3));
+        let why = cluster.start_refused(3).await;
+        assert!(why.contains("batches of promises"), "{why}");
+        cluster.propose("b=1").await;
+        cluster.stop_all().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn restarts_of_one_of_two_and_of_all_are_no_older_copies() {
+    let mut cluster = Cluster::start_three(small_snapshots()).await;
+    for round in 0..4 {
+        for together in [&[1][..], &[2, 3], &[1, 2, 3]] {
+            cluster.propose_some(&format!("{round}-{}-", together.len())).await;
+            for node in together {
+                cluster.stop(*node).await;
+            }
+            for node in together {
+                cluster.start(*node).await;
+            }
+            cluster.converge().await;
+        }
+    }
+    for running in cluster.nodes.values() {
+        assert_eq!(*running.host.fatal().borrow(), None);
+    }
+    // One that is gone doesn't keep the others from voting after their restart.
+    cluster.stop(1).await;
+    for node in [2, 3] {
+        cluster.stop(node).await;
+    }
+    for node in [2, 3] {
+        cluster.start(node).await;
+    }
+    let began = Instant::now();
+    cluster.propose("b=1").await;
+    println!("two of three settled {:?} after their restart", began.elapsed());
+    cluster.stop_all().await;
+}
+
+/// A step of a simple generator of numbers (SplitMix64).
+fn number(seed: &mut u64) -> u64 {
+    *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mixed = (*seed ^ (*seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+/// What kind of file this is; None: nothing depends on it.
+fn kind(path: &Path) -> Option<&'static str> {
+    let name = path.file_name()?.to_str()?;
+    match name {
+        "acknowledged" => Some("acknowledged"),
+        "synced" => Some("synced"),
+        "CURRENT" => Some("CURRENT"),
+        _ if name.starts_with("MANIFEST") => Some("manifest"),
+        _ if name.ends_with(".sst") => Some("table"),
+        _ if name.ends_with(".log") => Some("log"),
+        _ if name.ends_with(".snapshot") => Some("snapshot"),
+        _ => None,
+    }
+}
+
+const KINDS: [&str; 7] = ["log", "table", "manifest", "CURRENT", "snapshot", "acknowledged", "synced"];
+
+/// The files of that kind that aren't empty.
+fn files_of(folder: &Path, wanted: &str) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(files_of(&path, wanted));
+        } else if kind(&path) == Some(wanted) && path.metadata().unwrap().len() > 0 {
+            files.push(path);
+        }
+    }
+    files.sort();
+    files
+}
+
+/// Flips a bit somewhere, or cuts the file off there. Gives what was done.
+fn damage(path: &Path, seed: &mut u64) -> String {
+    let mut bytes = std::fs::read(path).unwrap();
+    let place = number(seed) as usize % bytes.len();
+    let name = path.file_name().unwrap().to_string_lossy().into_owned();
+    if number(seed).is_multiple_of(3) {
+        bytes.truncate(place);
+        std::fs::write(path, bytes).unwrap();
+        return format!("{name} cut at {place}");
+    }
+    let bit = number(seed) % 8;
+    bytes[place] ^= 1 << bit;
+    std::fs::write(path, bytes).unwrap();
+    format!("{name} flipped at {place}, bit {bit}")
+}
+
+/// Everything that a machine keeps.
+fn contents(group: &Group<Registers>) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, StoreError> {
+    group.read(|_, store| {
+        let mut found = BTreeMap::new();
+        store.scan(b"\x10", b"\x12", &mut |key, value| {
+            found.insert(key.to_vec(), value.to_vec());
+            true
+        })?;
+        Ok(found)
+    })
+}
+
+impl Cluster {
+    /// Whether a node stands where the leader stands, or stops before.
+    async fn catches_up_or_stops(&self, node: u64) -> Result<(), String> {
+        let begun = Instant::now();
+        loop {
+            let fatal = self.nodes[&node].host.fatal().borrow().clone();
+            if let Some(why) = fatal {
+                return Err(why);
+            }
+            let leader = self.leader().await;
+            let (here, there) = (self.group(node).status(), self.group(leader).status());
+            if here.position == there.position && here.applied_index == there.applied_index {
+                return Ok(());
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "node {node} neither catches up nor stops: {here:?} {there:?}"
+            );
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// The documented way back: the node is replaced by a new one, with an empty folder.
+    async fn replace(&mut self, old: u64, new: u64) {
+        self.start(new).await;
+        let begun = Instant::now();
+        loop {
+            let leader = self.leader().await;
+            let add = Some((NodeId(new), address(new)));
+            if let Ok(Progress::Done) = self.group(leader).change_members(add, Some(NodeId(old))).await {
+                break;
+            }
+            assert!(begun.elapsed() < PATIENCE, "node {old} is not replaced by {new}");
+            sleep(Duration::from_millis(20)).await;
+        }
+        self.converge().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_anywhere_is_refused_or_harmless_and_never_spreads() {
+    let rounds: usize = std::env::var("VERDICT_DAMAGES").ok().map_or(28, |rounds| rounds.parse().unwrap());
+    let mut seed = std::env::var("VERDICT_SEED").ok().map_or(1, |seed| seed.parse().unwrap());
+    println!("VERDICT_SEED={seed}");
+    let mut cluster = Cluster::start_three(small_snapshots()).await;
+    let (mut next_node, mut proposed) = (4, 0);
+    let mut outcomes: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+    for round in 0..rounds {
+        for _ in 0..25 {
+            cluster.propose(&format!("{:02}{round}", proposed % 100)).await;
+            proposed += 1;
+        }
+        cluster.converge().await;
+        let nodes: Vec<u64> = cluster.nodes.keys().copied().collect();
+        let node = nodes[number(&mut seed) as usize % nodes.len()];
+        if round % 3 == 0 {
+            // What is in the log now is in tables after it.
+            cluster.stop(node).await;
+            cluster.start(node).await;
+            cluster.propose("zz").await;
+            proposed += 1;
+            cluster.converge().await;
+        }
+        cluster.stop(node).await;
+        let wanted = KINDS[round % KINDS.len()];
+        let files = files_of(&cluster.path(node), wanted);
+        if files.is_empty() {
+            cluster.start(node).await;
+            continue;
+        }
+        let pristine = cluster.directory.path().join("pristine");
+        let _ = std::fs::remove_dir_all(&pristine);
+        copy_folder(&cluster.path(node), &pristine);
+        let file = &files[number(&mut seed) as usize % files.len()];
+        let done = damage(file, &mut seed);
+        let outcome = match cluster.try_start(node).await {
+            Err(refused) => {
+                let why = refused.to_string();
+                assert!(matches!(refused, HostError::Damaged(_) | HostError::Storage(_)), "{done}: {why}");
+                assert!(why.len() > 20, "{done}: {why:?} tells nothing");
+                // Nobody has heard of that start: the same disk, whole, is as good as before.
+                put_back(&pristine, &cluster.path(node));
+                cluster.start(node).await;
+                "refused at start"
+            }
+            Ok(running) => {
+                cluster.nodes.insert(node, running);
+                for call in 0..5 {
+                    cluster.propose(&format!("{:02}{call}", proposed % 100)).await;
+                    proposed += 1;
+                }
+                let stood = match cluster.catches_up_or_stops(node).await {
+                    // All of it is read, as a snapshot would.
+                    Ok(()) => contents(cluster.group(node)).map_err(|error| error.to_string()),
+                    Err(why) => Err(why),
+                };
+                match stood {
+                    Ok(found) => {
+                        let other = *cluster.nodes.keys().find(|other| **other != node).unwrap();
+                        assert!(found == contents(cluster.group(other)).unwrap(), "{done}: other contents");
+                        "harmless"
+                    }
+                    Err(_) => {
+                        cluster.stop(node).await;
+                        cluster.replace(node, next_node).await;
+                        next_node += 1;
+                        "stopped when it was read"
+                    }
+                }
+            }
+        };
+        println!("{done}: {outcome}");
+        *outcomes.entry((wanted, outcome)).or_default() += 1;
+    }
+    cluster.converge().await;
+    let states: Vec<_> = cluster.nodes.values().map(|running| contents(&running.group).unwrap()).collect();
+    assert!(states.windows(2).all(|pair| pair[0] == pair[1]), "the replicas differ");
+    assert_eq!(states[0][&b"\x10count"[..]], (proposed as u64).to_be_bytes());
+    println!("| file | what became of it | times |\n|---|---|---|");
+    for ((kind, outcome), times) in &outcomes {
+        println!("| {kind} | {outcome} | {times} |");
+    }
+    for kind in ["log", "manifest", "CURRENT"] {
+        assert!(outcomes.contains_key(&(kind, "refused at start")), "damage to {kind} was never refused");
+    }
     cluster.stop_all().await;
 }

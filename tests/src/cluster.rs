@@ -22,6 +22,7 @@ use verdict_proto::v1::{
 
 use crate::{
     api::{channel, partition_on},
+    random::Random,
     wait::eventually,
 };
 
@@ -52,6 +53,8 @@ pub struct Settings {
     pub traced: bool,
     /// Whether failpoints can be armed.
     pub failpoints: bool,
+    /// Whether the disk layer is under each node, so that power can be lost and disks can fail.
+    pub layered: bool,
 }
 
 impl Default for Settings {
@@ -63,6 +66,7 @@ impl Default for Settings {
             shard_replicas: String::new(),
             traced: false,
             failpoints: false,
+            layered: false,
         }
     }
 }
@@ -86,8 +90,20 @@ struct Process {
     trace: Option<PathBuf>,
     /// Says what is armed.
     failpoints: Option<PathBuf>,
+    layer: Option<Layer>,
     child: Option<Child>,
     channel: Channel,
+}
+
+/// The disk layer under one node.
+#[derive(Debug)]
+struct Layer {
+    /// What it watches; the node's data is inside.
+    folder: PathBuf,
+    shadow: PathBuf,
+    control: PathBuf,
+    /// Power was lost: what the next start chooses by.
+    loss: Option<u64>,
 }
 
 /// A node that a cluster was told to leave out.
@@ -105,7 +121,9 @@ impl Process {
         joins: bool,
     ) -> Process {
         let path = |name: String| folder.join(name);
-        let (data, config) = (path(format!("node-{node}")), path(format!("node-{node}.toml")));
+        let disk = path(format!("node-{node}"));
+        let data = if settings.layered { disk.join("data") } else { disk.clone() };
+        let config = path(format!("node-{node}.toml"));
         let list: BTreeMap<u64, &str> =
             others.iter().map(|(id, address)| (*id, address.as_str())).chain([(node, address)]).collect();
         let list: String = list.iter().map(|(id, address)| format!("{id} = {address:?}\n")).collect();
@@ -125,6 +143,12 @@ impl Process {
             log: path(format!("node-{node}.log")),
             trace: settings.traced.then(|| path(format!("node-{node}.strace"))),
             failpoints: settings.failpoints.then(|| path(format!("node-{node}.failpoints"))),
+            layer: settings.layered.then(|| Layer {
+                folder: disk,
+                shadow: path(format!("node-{node}.shadow")),
+                control: path(format!("node-{node}.control")),
+                loss: None,
+            }),
             child: None,
         }
     }
@@ -265,6 +289,59 @@ impl Cluster {
         }
     }
 
+    /// Takes power away from these nodes, one right after the other: their processes end, and when they are started again their disks
+    /// have forgotten what was not synced. The seed chooses what of that survives all the same.
+    pub fn lose_power(&mut self, nodes: &[u64], random: &mut Random) {
+        let mut children = Vec::new();
+        for node in nodes {
+            let process = self.process_mut(*node);
+            process.layer.as_mut().expect("this cluster has no disk layer").loss = Some(random.number());
+            children.extend(process.child.take());
+        }
+        for child in &mut children {
+            child.kill().expect("kill a process that was started here");
+        }
+        for child in &mut children {
+            child.wait().expect("a killed process ends");
+        }
+    }
+
+    /// What the last loss of power took from a node: the counts that the disk layer wrote down.
+    pub fn last_loss(&self, node: u64) -> BTreeMap<String, u64> {
+        let text = fs::read_to_string(self.layer(node).shadow.join("last-loss")).expect("power was lost");
+        let count = |word: &str| {
+            let (name, count) = word.split_once('=').expect("a name and a count");
+            (name.to_owned(), count.parse().expect("a count"))
+        };
+        text.split_whitespace().map(count).collect()
+    }
+
+    /// Makes a node's disk fail as these lines say; none: it is well again.
+    pub fn disk_fault(&self, node: u64, lines: &str) {
+        let control = &self.layer(node).control;
+        let new = control.with_extension("new");
+        fs::write(&new, lines).expect("write what the disk is to do");
+        fs::rename(&new, control).expect("say what the disk is to do");
+    }
+
+    fn layer(&self, node: u64) -> &Layer {
+        self.process(node).layer.as_ref().expect("this cluster has no disk layer")
+    }
+
+    /// Fails if a disk layer isn't under its node, or has met something that it can't follow.
+    pub fn check_layers(&self) {
+        for process in &self.processes {
+            let Some(layer) = &process.layer else { continue };
+            if let Ok(why) = fs::read_to_string(layer.shadow.join("failed")) {
+                panic!("the disk layer of node {} has failed: {why}", process.node);
+            }
+            if let Some(child) = &process.child {
+                let attached = fs::read_to_string(layer.shadow.join("attached")).unwrap_or_default();
+                assert_eq!(attached, child.id().to_string(), "node {} runs without the layer", process.node);
+            }
+        }
+    }
+
     /// Starts a process on whatever its folder holds.
     pub fn restart(&mut self, node: u64) {
         let command = match &self.process(node).trace {
@@ -283,6 +360,13 @@ impl Cluster {
     fn spawn(&mut self, node: u64, mut command: Command) {
         let process = self.process_mut(node);
         assert!(process.child.is_none(), "node {node} runs already");
+        if let Some(layer) = &mut process.layer {
+            command.env("LD_PRELOAD", disk_layer()).env("VERDICT_DISK_FOLDER", &layer.folder);
+            command.env("VERDICT_DISK_SHADOW", &layer.shadow).env("VERDICT_DISK_CONTROL", &layer.control);
+            if let Some(seed) = layer.loss.take() {
+                command.env("VERDICT_DISK_LOSE_POWER", seed.to_string());
+            }
+        }
         let log = OpenOptions::new().create(true).append(true).open(&process.log).expect("open a log");
         command.arg("node").arg("--config").arg(&process.config).stdin(Stdio::null());
         if let Some(path) = &process.failpoints {
@@ -552,6 +636,13 @@ pub fn program() -> PathBuf {
     });
     assert!(program.exists(), "{} is missing: run `cargo build -p verdict` first", program.display());
     program
+}
+
+/// The disk layer, beside the program.
+fn disk_layer() -> PathBuf {
+    let library = program().with_file_name("libverdict_disk.so");
+    assert!(library.exists(), "{} is missing: run `cargo build -p verdict-disk` first", library.display());
+    library
 }
 
 fn tail(path: &Path) -> std::io::Result<String> {
