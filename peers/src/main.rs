@@ -36,7 +36,7 @@ use tokio::{
 
 use crate::{
     load::{Client, Figures, Measured, Plan},
-    plan::{Case, SYSTEMS, System},
+    plan::{Case, Clients, SYSTEMS, System},
     process::{Servers, User},
     results::{Results, Row},
 };
@@ -366,7 +366,10 @@ impl<'a> Run<'a> {
 }
 
 fn clients_of(case: &Case) -> anyhow::Result<usize> {
-    case.clients.with_context(|| format!("{} has no number of clients", case.name))
+    match case.clients {
+        Clients::Callers(count) => Ok(count),
+        Clients::Streams(_) => anyhow::bail!("{}: peers have no streams", case.name),
+    }
 }
 
 /// What is still to be written of one system must not be paid for by the next.

@@ -31,8 +31,18 @@ pub struct Case {
     pub name: String,
     /// Whether one account is in every trade.
     pub is_hot: bool,
-    /// How many clients, each with one trade at a time; `None` for one stream with a window.
-    pub clients: Option<usize>,
+    /// Who sends the trades.
+    pub clients: Clients,
+}
+
+/// Who sends the trades.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Clients {
+    /// So many, each with one trade at a time.
+    Callers(usize),
+    /// So many streams, with a window of trades in flight on all of them together.
+    Streams(usize),
 }
 
 impl System {
@@ -68,19 +78,23 @@ impl fmt::Display for System {
 }
 
 /// The cases of `verdict bench`: name, whether it is hot, clients.
-type VerdictCase = (&'static str, bool, Option<usize>);
+type VerdictCase = (&'static str, bool, Clients);
 
-const VERDICT: [VerdictCase; 7] = [
-    ("unary-1", false, Some(1)),
-    ("unary-16", false, Some(16)),
-    ("unary-64", false, Some(64)),
-    ("unary-256", false, Some(256)),
-    ("stream-1", false, None),
-    ("hot-256", true, Some(256)),
-    ("hot-stream", true, None),
+const VERDICT: [VerdictCase; 8] = [
+    ("unary-1", false, Clients::Callers(1)),
+    ("unary-16", false, Clients::Callers(16)),
+    ("unary-64", false, Clients::Callers(64)),
+    ("unary-256", false, Clients::Callers(256)),
+    ("stream-1", false, Clients::Streams(1)),
+    ("stream-4", false, Clients::Streams(4)),
+    ("hot-256", true, Clients::Callers(256)),
+    ("hot-stream", true, Clients::Streams(4)),
 ];
-const VERDICT_QUICK: [VerdictCase; 3] =
-    [("unary-64", false, Some(64)), ("stream-1", false, None), ("hot-256", true, Some(256))];
+const VERDICT_QUICK: [VerdictCase; 3] = [
+    ("unary-64", false, Clients::Callers(64)),
+    ("stream-1", false, Clients::Streams(1)),
+    ("hot-256", true, Clients::Callers(256)),
+];
 
 fn verdict_cases(cases: &[VerdictCase]) -> Vec<Case> {
     let case = |(name, is_hot, clients): &VerdictCase| Case {
@@ -97,7 +111,7 @@ impl Case {
             Load::Uniform => ("uniform", false),
             Load::Hot => ("hot", true),
         };
-        Case { name: format!("{prefix}-{clients}"), is_hot, clients: Some(clients) }
+        Case { name: format!("{prefix}-{clients}"), is_hot, clients: Clients::Callers(clients) }
     }
 
     /// The trades of the case.
@@ -110,8 +124,12 @@ impl Case {
         if self.is_hot { "hot account" } else { "uniform" }
     }
 
-    /// The clients, for people.
+    /// The clients, for people: "64 clients".
     pub fn clients_text(&self) -> String {
-        self.clients.map_or_else(|| "1 stream".to_owned(), |clients| clients.to_string())
+        let (count, noun) = match self.clients {
+            Clients::Callers(count) => (count, "client"),
+            Clients::Streams(count) => (count, "stream"),
+        };
+        format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
     }
 }

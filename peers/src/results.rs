@@ -120,7 +120,7 @@ impl Results {
     /// What a case is compared with: the peer's with as many clients, or else its best one under the same load.
     fn opponent(&self, case: &Case, peer: System) -> Option<&Row> {
         let rows = || self.of(peer).filter(|row| row.case.is_hot == case.is_hot && !row.rounds.is_empty());
-        let same = rows().find(|row| case.clients.is_some() && row.case.clients == case.clients);
+        let same = rows().find(|row| row.case.clients == case.clients);
         same.or_else(|| rows().max_by(|a, b| a.rate().total_cmp(&b.rate())))
     }
 
@@ -133,7 +133,7 @@ impl Results {
 
 fn ratio(ours: &Row, theirs: &Row) -> Option<Ratio> {
     let pairs = || ours.rounds.iter().zip(&theirs.rounds);
-    let has_same_clients = ours.case.clients.is_some() && ours.case.clients == theirs.case.clients;
+    let has_same_clients = ours.case.clients == theirs.case.clients;
     let p50 = Spread::of(pairs().map(|(ours, theirs)| ours.p50_ms / theirs.p50_ms));
     Some(Ratio {
         case: ours.case.name.clone(),
@@ -147,11 +147,16 @@ fn ratio(ours: &Row, theirs: &Row) -> Option<Ratio> {
 /// What the tests of this crate look at: a run of two rounds.
 #[cfg(test)]
 pub fn example() -> Results {
+    use crate::plan::Clients;
+
     let mut cases = Vec::new();
     for system in SYSTEMS {
         for case in system.cases(false) {
             let scale = if system == System::Verdict { 8.0 } else { 1.0 };
-            let clients = case.clients.unwrap_or(4096) as f64;
+            let clients = match case.clients {
+                Clients::Callers(count) => count as f64,
+                Clients::Streams(_) => 4096.0,
+            };
             let rounds = [1.0, 1.5].map(|round| Figures {
                 trades_per_second: scale * round * (100.0 + clients),
                 p50_ms: clients / 16.0 / scale,
@@ -221,7 +226,7 @@ mod tests {
         assert_eq!(json["cases"][0]["system"], "verdict");
         assert_eq!(json["cases"][0]["case"]["name"], "unary-1");
         assert_eq!(json["cases"][0]["rounds"][1]["max_ms"], 2.0);
-        assert_eq!(json["ratios"].as_array().map(Vec::len), Some(7 * 3));
+        assert_eq!(json["ratios"].as_array().map(Vec::len), Some(8 * 3));
         assert_eq!(json["ratios"][1]["peer"], "postgres-standby");
         assert_eq!(results.others_cpus_max(), Some(0.375));
     }

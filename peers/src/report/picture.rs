@@ -99,11 +99,7 @@ impl Scale {
 
     fn write_row(&self, svg: &mut String, row: &Row, y: f64) {
         let colour = colour(row.system);
-        let clients = match row.case.clients {
-            Some(1) => "1 client".to_owned(),
-            Some(clients) => format!("{clients} clients"),
-            None => "1 stream".to_owned(),
-        };
+        let clients = row.case.clients_text();
         text(svg, BARS.0 - 8.0, y + 14.0, "end", "#111111", &format!("{}, {clients}", row.system));
         let rate = row.median(|figures| figures.trades_per_second);
         let length = ((BARS.1 - BARS.0) * rate / self.rate_max).max(1.0);

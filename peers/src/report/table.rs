@@ -78,9 +78,10 @@ pub fn markdown(results: &Results) -> String {
 fn circumstances(results: &Results) -> String {
     let Results { date, machine, versions, seconds, rounds, users, .. } = results;
     let mut text = format!(
-        "Measured on {date}, {machine}: {}. {rounds} rounds of {seconds} s for each case, {} users with two balances each; medians, and the \
+        "Measured on {date}, {machine}: {}. {rounds} {} of {seconds} s for each case, {} users with two balances each; medians, and the \
          least and the greatest of the rounds.",
         versions.join(", "),
+        if *rounds == 1 { "round" } else { "rounds" },
         super::grouped(*users),
     );
     if let Some(others) = results.others_cpus_max() {
