@@ -46,6 +46,16 @@ impl Gate {
         }
     }
 
+    /// As [`Gate::pass`], for what must be taken in the order in which it comes: who had to wait isn't let in, since those who came
+    /// later may have been by then. It is sent again.
+    pub(crate) async fn pass_in_order(&self, patience: Duration) -> Result<(), String> {
+        if *self.open.borrow() {
+            return Ok(());
+        }
+        self.pass(patience).await?;
+        Err("the other nodes have just looked at this node's disk: send it again".to_owned())
+    }
+
     /// Greets the other voters, whom `voters` gives with their addresses, until the gate may open; then opens it.
     pub(crate) async fn open_when_greeted(
         self,
@@ -84,4 +94,24 @@ impl Gate {
 /// Whether those voters who aren't missing, this one included, are a majority.
 fn is_majority(voters: &BTreeMap<u64, String>, missing: usize) -> bool {
     (voters.len() - missing) * 2 > voters.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    /// A leader's Raft stops if appends are answered in another order than they were sent in.
+    #[tokio::test]
+    async fn who_waited_does_not_come_in_behind_those_who_came_later() {
+        let (gate, patience) = (Gate::new(), Duration::from_secs(10));
+        let mut first = Box::pin(gate.pass_in_order(patience));
+        let mut vote = Box::pin(gate.pass(patience));
+        assert!((&mut first).now_or_never().is_none() && (&mut vote).now_or_never().is_none(), "it is open");
+        gate.open.send_replace(true);
+        assert_eq!(gate.pass_in_order(patience).now_or_never(), Some(Ok(())));
+        assert!(first.await.is_err(), "it came in behind the second");
+        assert_eq!(vote.await, Ok(()));
+    }
 }

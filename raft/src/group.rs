@@ -597,9 +597,11 @@ impl<M: Machine> Endpoint for Replies<M> {
         let gate = self.0.gate.clone();
         let patience = Duration::from_millis(self.0.node.config.timing.request_timeout_ms);
         Box::pin(async move {
-            gate.pass(patience).await?;
             if asked == kind::APPEND {
+                gate.pass_in_order(patience).await?;
                 failpoint!(APPEND_RECEIVED, group.0);
+            } else {
+                gate.pass(patience).await?;
             }
             match asked {
                 kind::APPEND => raft.append_entries(decode(&body)?).await.map(|r| encode(&r)).map_err(text),
