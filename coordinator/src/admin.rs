@@ -22,7 +22,10 @@ use verdict_protocol::{
     coordinator::{Coordinator, CoordinatorCounts},
     ids::{GroupId, NodeId, ShardId},
 };
-use verdict_raft::{AdminError, Group, GroupStatus, Members, Progress, Role};
+use verdict_raft::{
+    AdminError, Group, GroupStatus, Members, Progress, Role,
+    counters::{MESSAGES_SENT, SYNCED_WRITES},
+};
 
 use crate::{
     failure::{CallFailure, is_answer},
@@ -322,6 +325,10 @@ impl AdminService {
             error: String::new(),
             version: self.version.clone(),
             groups: coordinator.into_iter().chain(self.local.groups()).collect(),
+            counters: Some(v1::ProcessCounters {
+                synced_writes: SYNCED_WRITES.get(),
+                messages_sent: MESSAGES_SENT.get(),
+            }),
         }
     }
 

@@ -26,6 +26,7 @@ use verdict_protocol::{
     ids::{GroupId, NodeId, ShardId},
     messages::{FromShard, ShardRead, ShardReadAnswer, ToShard},
 };
+use verdict_raft::counters::MESSAGES_SENT;
 
 use crate::{
     directory::{Directory, View},
@@ -133,6 +134,7 @@ impl Router {
                 tracing::debug!(%node, %shard, %error, "a message to a shard is dropped; it will be sent again");
                 return;
             }
+            MESSAGES_SENT.count();
         }
         if prepares {
             failpoint!(PREPARE_SENT, GroupId::COORDINATOR.0);

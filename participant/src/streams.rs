@@ -13,6 +13,7 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 use verdict_proto::v1;
+use verdict_raft::counters::MESSAGES_SENT;
 
 /// What the transport takes messages from.
 pub type Outgoing = Pin<Box<dyn futures::Stream<Item = Result<v1::ParticipantMessage, Status>> + Send>>;
@@ -45,7 +46,8 @@ impl StreamHandle {
     /// sent again on the next one.
     pub fn send(&self, message: v1::ParticipantMessage) {
         match self.queue.try_send(message) {
-            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
+            Ok(()) => MESSAGES_SENT.count(),
+            Err(mpsc::error::TrySendError::Closed(_)) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
                 self.end(Err(Status::resource_exhausted("the answers are not read: connect again")));
             }

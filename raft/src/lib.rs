@@ -22,6 +22,7 @@
 
 mod acknowledged;
 mod api;
+pub mod counters;
 mod disk;
 mod fatal;
 mod gate;

@@ -24,6 +24,7 @@ use tonic::{Code, Streaming, transport::Channel};
 use verdict_proto::v1::{self, raft_client::RaftClient};
 
 use crate::{
+    counters::MESSAGES_SENT,
     node::{Node, Refusal, stopping},
     standing::Start,
 };
@@ -199,6 +200,7 @@ impl Task {
                 }
             }
             room.send(frame);
+            MESSAGES_SENT.count();
             next = self.requests.recv().await;
         }
     }

@@ -21,6 +21,7 @@ use verdict_proto::v1::{self, raft_server};
 use verdict_protocol::ids::{GroupId, NodeId};
 
 use crate::{
+    counters::MESSAGES_SENT,
     disk::apart,
     node::{Endpoint, Node, Refusal, stopping},
     peer::{FRAME_MESSAGES, FRAMES, kind},
@@ -173,6 +174,7 @@ impl Conversation {
                     let rest = replies.split_off(replies.len().min(FRAME_MESSAGES));
                     let messages = std::mem::replace(&mut replies, rest);
                     room.send(Ok(self.node.frame(None, messages)));
+                    MESSAGES_SENT.count();
                 }
                 Some(reply) = self.working.next(), if replies.len() < REQUESTS_MAX => {
                     replies.push(reply);

@@ -23,6 +23,7 @@ use verdict_failpoints::failpoint;
 
 use crate::{
     acknowledged::{Acknowledged, Mark},
+    counters::SYNCED_WRITES,
     disk::{Disk, GroupKey, group_key, log_key, seal},
     fatal::Fatal,
     log::GroupLog,
@@ -230,6 +231,7 @@ impl Worker {
         failpoint!(LOG_BEFORE_SYNC, any of(&batch.done, Kind::Append), fails)?;
         // Apart from the write, so that writers of state needn't wait for the disk.
         self.disk.tables().sync_in_time().await?;
+        SYNCED_WRITES.count();
         if self.fail.swap(false, Ordering::AcqRel) {
             return Err(io::Error::other("injected failure"));
         }
