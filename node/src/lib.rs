@@ -12,6 +12,7 @@ pub mod folder;
 pub mod local;
 pub mod node;
 pub mod out;
+pub mod page;
 pub mod processes;
 pub mod progress;
 pub mod script;

@@ -15,7 +15,6 @@ pub mod field;
 pub mod html;
 pub mod load;
 pub mod play;
-pub mod plot;
 pub mod proxy;
 pub mod record;
 pub mod report;
@@ -435,7 +434,7 @@ fn time_as_seed() -> u64 {
 }
 
 /// A time as `2026-11-21 12:30:00 UTC`.
-fn utc(time: SystemTime) -> String {
+pub fn utc(time: SystemTime) -> String {
     let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let (days, of_day) = ((seconds / 86_400) as i64, seconds % 86_400);
     // Days to a date of the civil calendar, counting years from March (Howard Hinnant, "chrono-compatible low-level date

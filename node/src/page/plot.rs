@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use super::escape;
+
 /// The size of a plot in its own units; the page scales it.
 const WIDTH: f64 = 960.0;
 const HEIGHT: f64 = 210.0;
@@ -214,30 +216,14 @@ impl Plot {
     }
 }
 
-/// Text inside HTML and SVG.
-pub fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for letter in text.chars() {
-        match letter {
-            '&' => escaped += "&amp;",
-            '<' => escaped += "&lt;",
-            '>' => escaped += "&gt;",
-            '"' => escaped += "&quot;",
-            '\'' => escaped += "&#39;",
-            other => escaped.push(other),
-        }
-    }
-    escaped
-}
-
 /// The next number that people like: 1, 2, 4, 5 or 8 with zeros.
-fn round_up(value: f64) -> f64 {
+pub(super) fn round_up(value: f64) -> f64 {
     let unit = 10_f64.powf(value.log10().floor());
     let nice = [1.0, 2.0, 4.0, 5.0, 8.0, 10.0].into_iter().find(|nice| nice * unit >= value * 0.999_999);
     nice.unwrap_or(10.0) * unit
 }
 
-fn number(value: f64) -> String {
+pub(super) fn number(value: f64) -> String {
     if value >= 10_000.0 {
         format!("{:.0}k", value / 1000.0)
     } else if value >= 10.0 || value == value.trunc() {
