@@ -10,7 +10,7 @@ WITH_ROCKSDB := scripts/rocksdb.sh
 # Further arguments for the program: `make demo ARGS="--tape trades.csv"`.
 ARGS ?=
 
-.PHONY: help bench-peers bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim sim-stack failpoints power-loss damage
+.PHONY: help bench bench-peers bugs demo drill dev cluster cluster-stop test docker-test verify fix deny setup check histories sim sim-stack failpoints power-loss damage
 
 help: ## Tells what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +24,9 @@ check: ## Visits every state of small clusters; ARGS=--full the large ones, ARGS
 drill: setup ## Lets things die and break while trades settle, and reports: `make drill ARGS="kill-coordinator --out r.html"`
 	$(WITH_ROCKSDB) cargo build --locked --release -p verdict-disk
 	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- drill $(or $(ARGS),kill-coordinator)
+
+bench: setup ## Measures trades per second, latencies and costs on three processes: `make bench ARGS="--case unary-64,stream-1"`
+	$(WITH_ROCKSDB) cargo run --locked --release -p verdict -- bench $(ARGS)
 
 sim: ## Simulates clusters under faults, for SECONDS=60 or SEEDS=10000; SEED=123 replays one with its trace, TWICE=1 runs each twice
 	cargo run --locked --quiet --release -p verdict-sim -- $(if $(SEED),--seed $(SEED),$(if $(SEEDS),--seeds $(SEEDS)) $(if $(SECONDS),--seconds $(SECONDS))) $(if $(TWICE),--twice) $(ARGS)

@@ -1,5 +1,6 @@
 //! The parts of the `verdict` program.
 
+pub mod bench;
 pub mod book;
 pub mod cluster_state;
 pub mod config;
@@ -20,3 +21,4 @@ pub mod serve;
 pub mod settle;
 pub mod tape;
 pub mod totals;
+pub mod usage;

@@ -4,7 +4,7 @@ use std::{io::IsTerminal as _, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
-use verdict_node::{ctl, demo, dev, drill, err, node, out, settle};
+use verdict_node::{bench, ctl, demo, dev, drill, err, node, out, settle};
 
 /// The version, which tells a build with failpoints from one that is for use.
 const VERSION: &str = if verdict_failpoints::ENABLED {
@@ -31,6 +31,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Let things die and break while trades settle, and report what happened and whether every promise was kept.
     Drill(drill::DrillArgs),
+    /// Measure trades per second, latencies, and what a trade costs, on a cluster of three processes or on one that runs.
+    Bench(bench::BenchArgs),
     /// Settle a tape of trades on a running cluster.
     Settle(settle::SettleArgs),
     /// Submit, read and look at a running cluster.
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
             Command::Dev(args) => dev::run(args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Drill(args) => drill::run(args).await,
+            Command::Bench(args) => bench::run(args).await,
             Command::Settle(args) => settle::run(args).await,
             Command::Ctl(args) => ctl::run(args).await,
         }

@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, ChildStdin, Command};
 use verdict_client::{Client, Options};
 
-use crate::{cluster_state, config::Config};
+use crate::{cluster_state, config::Config, usage::Usage};
 
 /// Ports are looked for from here on, below those that systems hand out by themselves: a port that is free while its node is
 /// down stays free.
@@ -226,12 +226,14 @@ impl Cluster {
         Ok(status)
     }
 
+    /// The system's id of a node's process, if it runs.
+    pub fn process(&self, node: u64) -> Option<u32> {
+        self.find(node).ok()?.child.as_ref()?.id()
+    }
+
     /// The memory of a process in bytes, if it runs and the system tells.
     pub fn memory(&self, node: u64) -> Option<u64> {
-        let id = self.find(node).ok()?.child.as_ref()?.id()?;
-        let status = fs::read_to_string(format!("/proc/{id}/status")).ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-        Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+        Some(Usage::of(self.process(node)?).ok()?.resident_bytes)
     }
 
     /// Waits until every node takes part in every group, and every group has a leader.

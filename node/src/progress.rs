@@ -58,6 +58,11 @@ impl Progress {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Counts so many that are done at once.
+    pub fn advance(&self, count: u64) {
+        self.committed.fetch_add(count, Ordering::Relaxed);
+    }
+
     /// How many batches are over.
     pub fn done(&self) -> u64 {
         self.committed.load(Ordering::Relaxed) + self.aborted.load(Ordering::Relaxed)

@@ -481,12 +481,24 @@ pub fn mix(number: u64) -> u64 {
 }
 
 /// Random numbers that are the same for the same seed everywhere.
-struct Random(u64);
+#[derive(Clone, Debug)]
+pub struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
+    /// A number from 0 to `bound` - 1. The bound must not be 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    /// A number from 0 to 1, without 1.
+    pub fn unit(&mut self) -> f64 {
+        // As many bits as fit into an f64 exactly.
+        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(1);
-        mix(mix(self.0)) % bound
+        mix(mix(self.0))
     }
 }
 
