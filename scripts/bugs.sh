@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Puts each bug of bugs/ into a copy of the committed tree, one at a time, and runs the test that must catch it.
 #
-#   scripts/bugs.sh [--write] [--list] [--again] [PREFIX...]
+#   scripts/bugs.sh [--write] [--list] [--again] [--kept] [PREFIX...]
 #
 # PREFIX chooses patches by the beginning of their names (B07, B07-late). --list tells the chosen ones. --write puts the table of the
 # run into docs/bug-table.md; nothing else in the tree is changed. Fails if a bug escapes, a patch no longer applies or doesn't
 # compile, or a test fails without any bug.
 #
 # What is cheap to compile comes first. What was caught is kept, and not run again while neither the patch nor any code has changed:
-# a run that was interrupted goes on where it was. --again forgets it.
+# a run that was interrupted goes on where it was. --again forgets it; --kept runs nothing, and tells only what is kept.
 #
 # A patch is a unified diff below a head of lines `key: value`:
 #   class  of docs/bug-table.md          bug    what it does, in a sentence
@@ -29,12 +29,14 @@ export PROPTEST_MAX_SHRINK_ITERS=0
 write=
 list=
 again=
+only_kept=
 prefixes=()
 for argument in "$@"; do
   case $argument in
     --write) write=1 ;;
     --list) list=1 ;;
     --again) again=1 ;;
+    --kept) only_kept=1 ;;
     -*) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
     *) prefixes+=("$argument") ;;
   esac
@@ -95,14 +97,16 @@ clean_up() {
 }
 trap clean_up EXIT
 trap 'exit 130' INT TERM
-git archive HEAD | tar -x -C "$fresh"
-(cd "$fresh" && find . -type f -o -type l) | sort > "$work/files.new"
-while IFS= read -r file; do
-  cmp -s "$fresh/$file" "$tree/$file" || { mkdir -p "$(dirname "$tree/$file")" && cp -P "$fresh/$file" "$tree/$file" && touch -h "$tree/$file"; }
-done < "$work/files.new"
-[[ ! -f $work/files ]] || comm -23 "$work/files" "$work/files.new" | (cd "$tree" && xargs -r -d '\n' rm -f)
-mv "$work/files.new" "$work/files"
-rm -rf "$fresh"
+if [[ ! $only_kept ]]; then
+  git archive HEAD | tar -x -C "$fresh"
+  (cd "$fresh" && find . -type f -o -type l) | sort > "$work/files.new"
+  while IFS= read -r file; do
+    cmp -s "$fresh/$file" "$tree/$file" || { mkdir -p "$(dirname "$tree/$file")" && cp -P "$fresh/$file" "$tree/$file" && touch -h "$tree/$file"; }
+  done < "$work/files.new"
+  [[ ! -f $work/files ]] || comm -23 "$work/files" "$work/files.new" | (cd "$tree" && xargs -r -d '\n' rm -f)
+  mv "$work/files.new" "$work/files"
+  rm -rf "$fresh"
+fi
 
 # What was found, by patch and by command: each file begins with what it holds for.
 kept_results=$work/results
@@ -136,8 +140,10 @@ known() {
 # keep NAME SECONDS COMMAND [PATCH]
 keep() { printf '%s\n' "$(holds_for "${@:3}")" "$2" > "$kept_results/$1"; }
 
-variables=$("$tree/scripts/rocksdb.sh") || exit 1
-eval "$variables"
+if [[ ! $only_kept ]]; then
+  variables=$("$tree/scripts/rocksdb.sh") || exit 1
+  eval "$variables"
+fi
 
 # run LIMIT COMMAND: in the copy; all it says goes to the log.
 run() { (cd "$tree" && GIT_CEILING_DIRECTORIES=$work timeout --kill-after=10 "$1" bash -c "$2") > "$log" 2>&1; }
@@ -201,6 +207,8 @@ for patch in "${patches[@]}"; do
   verdict= seconds=-
   if found=$(known "$name" "$catch" "$patch"); then
     verdict=caught seconds=$found
+  elif [[ $only_kept ]]; then
+    verdict='not run'
   elif ! passes "$patch"; then
     verdict='FAILS WITHOUT IT'
   elif ! (cd "$tree" && GIT_CEILING_DIRECTORIES=$work git apply -C1 --check "$patch") 2> "$log"; then
@@ -236,7 +244,7 @@ for patch in "${patches[@]}"; do
   printf '%-10s %6s s  %-48s %s\n' "$verdict" "$seconds" "$name" "$test"
   if [[ $verdict == caught ]]; then
     keep "$name" "$seconds" "$catch" "$patch"
-  else
+  elif [[ $verdict != 'not run' ]]; then
     failed=$((failed + 1))
     tail -n 15 "$log" | sed 's/^/    /'
   fi
@@ -246,7 +254,8 @@ done
 rows=$(printf '%s\n' '| class | patch | the bug | caught by | outcome | seconds |' '|---|---|---|---|---|---|' "$(printf '%s\n' "${table[@]}" | sort)")
 printf '\n%s\n\n' "$rows"
 classes=$(for patch in "${patches[@]}"; do field "$patch" class; done | sort -u | wc -l)
-echo "${#patches[@]} bugs of $classes classes, $failed not caught"
+missing=$(grep -c '| not run |' <<< "$rows" || true)
+echo "${#patches[@]} bugs of $classes classes, $failed not caught, $missing not run"
 if [[ $write ]]; then
   ((${#prefixes[@]} == 0)) || { echo "--write wants a run of all patches" >&2; exit 2; }
   ROWS=$rows awk '/<!-- table: begin -->/ { print; print ENVIRON["ROWS"]; skip = 1 }
