@@ -21,7 +21,7 @@ use crate::{
     api::HostError,
     disk::{damaged, host_error, seal},
     storage::{Batch, Cursor, File, Open, Reads, Start, Storage, Table, Tables},
-    wal::{self, SYNCED, SyncedFile},
+    wal::{self, Manifest, SYNCED, Synced, SyncedFile},
 };
 
 /// Memtables: small ones would be flushed all the time, large ones make recovery slow.
@@ -40,7 +40,9 @@ impl Storage for OnDisk {
         let path = folder.join("db");
         let lock = lock_folder(folder)?;
         let synced = SyncedFile::open(&folder.join("synced")).map_err(host_error)?;
-        wal::mend(&path, synced.sequence(), || oldest_log(&path)).map_err(host_error)?;
+        let remembered = synced.newest();
+        remembered.manifest.check(&path).map_err(host_error)?;
+        wal::mend(&path, remembered.sequence, || oldest_log(&path)).map_err(host_error)?;
         let mut options = Options::default();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
@@ -69,11 +71,12 @@ impl Storage for OnDisk {
         };
         let db = DB::open_cf_descriptors(&options, &path, Table::ALL.map(family));
         let db = db.map_err(|error| open_error(&path, error))?;
-        let (found, remembered) = (db.latest_sequence_number(), synced.sequence());
-        if found < remembered {
+        let found = db.latest_sequence_number();
+        if found < remembered.sequence {
             return Err(HostError::Damaged(format!(
-                "{}: everything up to write {remembered} was synced, but it ends at {found}",
-                path.display()
+                "{}: everything up to write {} was synced, but it ends at {found}",
+                path.display(),
+                remembered.sequence
             )));
         }
         // The names of the database and of the files beside it.
@@ -182,7 +185,31 @@ struct Shared {
     _lock: fs::File,
 }
 
+impl Drop for Shared {
+    /// What was written since the last sync is in the files, and so is what the manifest says of it.
+    fn drop(&mut self) {
+        let mut file = self.file();
+        let Synced { sequence, manifest } = file.newest();
+        // If it fails, the file lags, as after a kill.
+        if let Ok(manifest) = self.manifest(manifest) {
+            let _ = file.write(Synced { sequence, manifest });
+        }
+    }
+}
+
 impl Shared {
+    /// How far the manifest goes, synced. It seldom changes.
+    fn manifest(&self, known: Manifest) -> io::Result<Manifest> {
+        let path = self.db.path();
+        let bytes = fs::metadata(Manifest::path(path, known.number)).map(|data| data.len());
+        if bytes.is_ok_and(|bytes| bytes == known.bytes) {
+            return Ok(known);
+        }
+        let found = Manifest::find(path).ok_or_else(|| io::Error::other("the manifest can't be found"))?;
+        fs::File::open(Manifest::path(path, found.number))?.sync_all()?;
+        Ok(found)
+    }
+
     fn file(&self) -> MutexGuard<'_, SyncedFile> {
         self.file.lock().expect("nothing panics while it holds this lock")
     }
@@ -227,7 +254,8 @@ impl Tables for Rocks {
         let mut file = self.0.file();
         let sequence = self.0.db.latest_sequence_number();
         self.0.db.flush_wal(true).map_err(io_error)?;
-        file.write(sequence)?;
+        let manifest = self.0.manifest(file.newest().manifest)?;
+        file.write(Synced { sequence, manifest })?;
         self.0.synced.store(sequence, Ordering::Release);
         Ok(())
     }
@@ -424,6 +452,27 @@ mod tests {
         }
         assert!(counts.iter().all(|count| *count < 60), "nothing was torn: {counts:?}");
         assert!(counts.iter().any(|count| *count > 20), "all that wasn't synced is always cut: {counts:?}");
+    }
+
+    #[test]
+    fn a_manifest_that_ends_early_is_damage_wherever_it_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        for number in 0..3 {
+            let tables = open(folder.path()).unwrap();
+            put(&*tables, number);
+            tables.sync().unwrap();
+        }
+        let db = folder.path().join("db");
+        let Manifest { number, bytes } = Manifest::find(&db).unwrap();
+        let path = Manifest::path(&db, number);
+        let whole = fs::read(&path).unwrap();
+        for end in (0..bytes as usize).step_by(11).chain([bytes as usize - 1]) {
+            fs::write(&path, &whole[..end]).unwrap();
+            let refused = open(folder.path()).err().expect("a cut manifest is refused");
+            assert!(matches!(refused, HostError::Damaged(_)), "{refused}");
+        }
+        fs::write(&path, &whole).unwrap();
+        assert_eq!(found(&*open(folder.path()).unwrap()), [0, 1, 2]);
     }
 
     #[test]

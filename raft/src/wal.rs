@@ -108,43 +108,96 @@ pub(crate) fn mend(
     Ok(Some(cut))
 }
 
-/// Remembers, outside of the database, up to which sequence number all was synced.
+/// Remembers, outside of the database, up to which sequence number all was synced, and how far the manifest went.
 ///
 /// Two slots of 512 bytes, written in turn after each sync, without one of their own: after a loss of power it may lag or be torn, but
 /// it never leads.
 pub(crate) struct SyncedFile {
     file: File,
-    /// The number in the newest slot.
-    sequence: u64,
+    newest: Synced,
     slot: u64,
+}
+
+/// What was synced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Synced {
+    /// All writes up to this sequence number.
+    pub(crate) sequence: u64,
+    pub(crate) manifest: Manifest,
+}
+
+/// The file that lists what the database consists of. RocksDB takes one that ends early for an older state of the database.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Manifest {
+    /// In its name; a later one has a greater number.
+    pub(crate) number: u64,
+    /// Its length.
+    pub(crate) bytes: u64,
+}
+
+impl Manifest {
+    /// The one that counts, if there is one that can be found.
+    pub(crate) fn find(db: &Path) -> Option<Manifest> {
+        let current = fs::read_to_string(db.join("CURRENT")).ok()?;
+        let number = current.trim_end().strip_prefix("MANIFEST-")?.parse().ok()?;
+        let bytes = fs::metadata(Manifest::path(db, number)).ok()?.len();
+        Some(Manifest { number, bytes })
+    }
+
+    pub(crate) fn path(db: &Path, number: u64) -> PathBuf {
+        db.join(format!("MANIFEST-{number:06}"))
+    }
+
+    /// Fails if the manifest doesn't go as far as this one. One that can't be found is RocksDB's to tell.
+    pub(crate) fn check(self, db: &Path) -> io::Result<()> {
+        match Manifest::find(db) {
+            Some(found) if found < self && self.number > 0 => Err(damaged(&format!(
+                "{}: it ends at byte {} of manifest {}, and was synced up to byte {} of manifest {}",
+                db.display(),
+                found.bytes,
+                found.number,
+                self.bytes,
+                self.number
+            ))),
+            Some(_) | None => Ok(()),
+        }
+    }
 }
 
 impl SyncedFile {
     const SLOT_BYTES: u64 = 512;
+    const VALUE_BYTES: usize = 24;
 
     pub(crate) fn open(path: &Path) -> io::Result<SyncedFile> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        let mut sequence = 0;
+        let mut newest = Synced::default();
         for slot in [0, 1] {
-            let mut bytes = [0; 16];
+            let mut bytes = [0; 8 + SyncedFile::VALUE_BYTES];
             let read = file.read_exact_at(&mut bytes, slot * SyncedFile::SLOT_BYTES);
-            let (sum, number) = bytes.split_at(8);
-            if read.is_ok() && checksum(&[number]) == sum {
-                sequence = sequence.max(u64::from_be_bytes(number.try_into().expect("eight bytes are left")));
+            let (sum, value) = bytes.split_at(8);
+            if read.is_ok() && checksum(&[value]) == sum {
+                let number = |at: usize| {
+                    u64::from_be_bytes(value[at..at + 8].try_into().expect("eight bytes are there"))
+                };
+                let manifest = Manifest { number: number(8), bytes: number(16) };
+                newest = newest.max(Synced { sequence: number(0), manifest });
             }
         }
-        Ok(SyncedFile { file, sequence, slot: 0 })
+        Ok(SyncedFile { file, newest, slot: 0 })
     }
 
-    pub(crate) fn sequence(&self) -> u64 {
-        self.sequence
+    /// The newest that was written.
+    pub(crate) fn newest(&self) -> Synced {
+        self.newest
     }
 
-    pub(crate) fn write(&mut self, sequence: u64) -> io::Result<()> {
-        self.sequence = sequence;
+    pub(crate) fn write(&mut self, synced: Synced) -> io::Result<()> {
+        self.newest = synced;
         self.slot = 1 - self.slot;
-        let number = sequence.to_be_bytes();
-        self.file.write_all_at(&[checksum(&[&number]), number].concat(), self.slot * SyncedFile::SLOT_BYTES)
+        let Synced { sequence, manifest } = synced;
+        let value = [sequence, manifest.number, manifest.bytes].map(u64::to_be_bytes).concat();
+        let bytes = [&checksum(&[&value])[..], &value].concat();
+        self.file.write_all_at(&bytes, self.slot * SyncedFile::SLOT_BYTES)
     }
 }
 
