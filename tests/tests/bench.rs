@@ -92,6 +92,7 @@ fn a_quick_bench_counts_what_was_committed_and_what_it_took() {
             (Some(400), Some(true)),
             "{books}"
         );
+        assert_eq!(books["doubtful"].as_u64(), Some(0), "{books}");
         assert!(books["records"].as_u64().is_some_and(|records| records > 10), "{books}");
         assert_eq!(books["wrong_count"].as_u64(), Some(0), "{books}");
     }
@@ -120,12 +121,8 @@ fn an_overload_and_lost_followers_leave_the_books_right() {
         goodput > 0.0 && (goodput - number(overload, "goodput_per_second") / peak).abs() < 1e-9,
         "{overload}"
     );
-    let held_back =
-        ["refused", "turned_away"].map(|name| overloaded["answers"][name].as_u64().expect("a count"));
-    assert!(
-        held_back.iter().sum::<u64>() > 0,
-        "three times the peak, and nothing was held back: {overloaded}"
-    );
+    let recovery = &overload["recovery_seconds"];
+    assert!(recovery.is_number() || recovery.is_null(), "{overload}");
 
     for name in ["follower-dead", "follower-paused"] {
         let follower = &case(&report, name)["follower"];
@@ -135,7 +132,9 @@ fn an_overload_and_lost_followers_leave_the_books_right() {
         assert_ne!(leaders["0"].to_string(), victim, "{name}: the coordinators' leader is no follower");
     }
     let books = &report["clusters"][0]["books"];
-    assert_eq!((books["wrong_count"].as_u64(), books["doubtful"].as_u64()), (Some(0), Some(0)), "{books}");
+    let looked_at = ["balances", "doubtful"].map(|name| books[name].as_u64().expect("a count"));
+    assert_eq!((books["wrong_count"].as_u64(), looked_at.iter().sum::<u64>()), (Some(0), 400), "{books}");
+    assert!(books["records"].as_u64().is_some_and(|records| records > 10), "{books}");
 }
 
 #[test]
