@@ -105,8 +105,9 @@ fn an_overload_and_lost_followers_leave_the_books_right() {
     let folder = tempfile::tempdir().expect("make a folder");
     let json = folder.path().join("report.json").to_string_lossy().into_owned();
     let cases = "overload,follower-dead,follower-paused";
-    let settings = ["--quick", "--overload-seconds", "3", "--accounts", "400", "--json", &json];
-    let output = run_to_end(&[&["bench", "--case", cases], &settings[..]].concat(), BENCH_WITHIN);
+    let sizes = ["--overload-seconds", "3", "--accounts", "400", "--window", "64", "--seconds", "2"];
+    let start = ["bench", "--quick", "--case", cases, "--json", &json];
+    let output = run_to_end(&[&start[..], &sizes[..]].concat(), BENCH_WITHIN);
     println!("{}", told(&output));
     assert_eq!(output.status.code(), Some(0), "the bench failed");
     let report: Json =
@@ -127,9 +128,6 @@ fn an_overload_and_lost_followers_leave_the_books_right() {
     for name in ["follower-dead", "follower-paused"] {
         let follower = &case(&report, name)["follower"];
         assert!(number(follower, "throughput_by_whole") > 0.0, "{name}: {follower}");
-        let victim = follower["node"].to_string();
-        let leaders = report["clusters"][0]["leaders"].as_object().expect("leaders");
-        assert_ne!(leaders["0"].to_string(), victim, "{name}: the coordinators' leader is no follower");
     }
     let books = &report["clusters"][0]["books"];
     let looked_at = ["balances", "doubtful"].map(|name| books[name].as_u64().expect("a count"));
