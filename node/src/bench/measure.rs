@@ -95,6 +95,20 @@ impl Bench<'_> {
         Ok(round)
     }
 
+    /// The same, for a figure that others are compared with: there must be one.
+    async fn measure_whole(
+        &mut self,
+        plan: Plan,
+        warm_up: Duration,
+        span: Duration,
+    ) -> anyhow::Result<Round> {
+        let round = self.measure(plan, warm_up, span).await?;
+        let problem =
+            "nothing was committed in the time that was measured: give more --seconds, or a smaller --window";
+        anyhow::ensure!(round.trades > 0, problem);
+        Ok(round)
+    }
+
     /// The same, and the load runs on. The round has no answers yet.
     async fn measure_on(
         &mut self,
@@ -164,7 +178,7 @@ impl Bench<'_> {
             senders: Senders::Open { count: streams, per_second: per_second.max(1.0), patience },
             ..plan.clone()
         };
-        let peak = self.measure(plan.clone(), warm_up, span).await?;
+        let peak = self.measure_whole(plan.clone(), warm_up, span).await?;
         let half = self.measure(open(peak.trades_per_second / 2.0, None), warm_up, span).await?;
         let offered = peak.trades_per_second * OVERLOAD;
         let (flood, mut round) = self.measure_on(open(offered, Some(PATIENCE)), warm_up, overload).await?;
@@ -201,7 +215,7 @@ impl Bench<'_> {
     async fn without_follower(&mut self, plan: Plan, is_paused: bool) -> anyhow::Result<Round> {
         let Pacing { warm_up, span, .. } = self.pace;
         let victim = self.spare_node().await?;
-        let whole = self.measure(plan.clone(), warm_up, span).await?;
+        let whole = self.measure_whole(plan.clone(), warm_up, span).await?;
         let cluster = self.target.cluster().context("only a cluster of the bench's own loses nodes")?;
         match is_paused {
             true => cluster.pause(victim)?,
@@ -255,7 +269,10 @@ impl Bench<'_> {
             population: self.population,
         };
         let warm_up = self.pace.warm_up;
-        self.measure(plan, Duration::ZERO, warm_up).await.map(drop)
+        if !warm_up.is_zero() {
+            self.measure(plan, Duration::ZERO, warm_up).await?;
+        }
+        Ok(())
     }
 }
 

@@ -84,7 +84,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", value_parser = positive)]
     pub seconds: Option<f64>,
     /// Seconds before that; without it a fifth of them
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = not_negative)]
     pub warm_up: Option<f64>,
     /// Rounds, in each of which every case has its turn: medians are told; without it 3
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
@@ -128,9 +128,13 @@ pub struct BenchArgs {
 }
 
 fn positive(text: &str) -> Result<f64, String> {
+    not_negative(text)
+        .and_then(|number| if number > 0.0 { Ok(number) } else { Err("it must be more than 0".to_owned()) })
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
     let number: f64 = text.parse().map_err(|_| format!("{text:?} is no number"))?;
-    let is_fine = number > 0.0 && number <= 86_400.0;
-    if is_fine { Ok(number) } else { Err("it must be more than 0 and at most 86400".to_owned()) }
+    if (0.0..=86_400.0).contains(&number) { Ok(number) } else { Err("it must be 0 to 86400".to_owned()) }
 }
 
 fn accounts(text: &str) -> Result<u64, String> {
@@ -286,6 +290,9 @@ async fn bench(args: &BenchArgs, cases: &[Case], folder: &Path, screen: &Screen)
     };
     let mut done: BTreeMap<usize, CaseReport> = BTreeMap::new();
     for (number, ((shards, accounts), places)) in groups(cases, &settings).into_iter().enumerate() {
+        if args.connect.is_empty() {
+            check_population(accounts, shards)?;
+        }
         let folder = folder.join(format!("cluster-{}", number + 1));
         fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
         let target = match args.connect.is_empty() {
@@ -296,13 +303,8 @@ async fn bench(args: &BenchArgs, cases: &[Case], folder: &Path, screen: &Screen)
             screen.say("measuring what the machine itself needs");
             report.floor = Floor::measure(&folder, &target.leader_address().await?).await?;
         }
-        let placement = Placement { shards: target.shards() };
-        let population = Population { users: accounts / 2, placement };
-        ensure!(
-            population.is_rich_enough(),
-            "{accounts} accounts are too few for {} shards: each needs users",
-            placement.shards
-        );
+        let population = check_population(accounts, target.shards())?;
+        let placement = population.placement;
         let mut cluster = ClusterReport { shards: placement.shards, accounts, ..ClusterReport::default() };
         cluster.leaders = target.leaders().await?;
         cluster.funded = fund::fund(target.client(), population).await.context("make the accounts")?;
@@ -351,6 +353,17 @@ async fn bench(args: &BenchArgs, cases: &[Case], folder: &Path, screen: &Screen)
     }
     report.cases = done.into_values().collect();
     Ok(report)
+}
+
+/// The users of so many accounts, if every shard has some of them.
+fn check_population(accounts: u64, shards: u32) -> anyhow::Result<Population> {
+    let population = Population { users: accounts / 2, placement: Placement { shards } };
+    let is_fine = SHARDS.contains(&u64::from(shards)) && population.is_rich_enough();
+    ensure!(
+        is_fine,
+        "{accounts} accounts are too few for {shards} shards: a trade needs users on two shards"
+    );
+    Ok(population)
 }
 
 /// All rounds of the cases of one cluster. Each case has its turn in each round, so that what changes with time hits all of them.
@@ -430,6 +443,7 @@ mod tests {
     #[test]
     fn numbers_of_the_command_line_are_checked() {
         assert_eq!((accounts("10k"), shards("16"), positive("0.5")), (Ok(10_000), Ok(16), Ok(0.5)));
+        assert_eq!(not_negative("0"), Ok(0.0));
         for wrong in ["0", "-1", "x", "1e99", "NaN"] {
             assert!(positive(wrong).is_err(), "{wrong}");
         }
