@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use rustix::fs::{statfs, statvfs};
 
 /// What Linux calls a file system in memory (`TMPFS_MAGIC` of `linux/magic.h`).
-const IN_MEMORY: i64 = 0x0102_1994;
+const IN_MEMORY: i128 = 0x0102_1994;
 /// A bench without accounts may need so much: logs, snapshots and the rows of all trades, on three nodes.
 const BYTES_ALWAYS: u64 = 3 << 30;
 /// An account may need so much more, on three nodes.
@@ -24,7 +24,7 @@ pub fn check(folder: &Path, accounts: u64) -> anyhow::Result<Option<String>> {
             folder.display()
         )
     };
-    Ok((kind as i64 == IN_MEMORY).then(warning))
+    Ok((i128::from(kind) == IN_MEMORY).then(warning))
 }
 
 fn enough(free: u64, accounts: u64) -> anyhow::Result<()> {
