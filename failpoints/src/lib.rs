@@ -159,10 +159,12 @@ failpoints! {
         "a shard has listed what it holds, recovery has just begun"
     APPEND_RECEIVED "append-received" Load FOLLOWERS false
         "entries or a heartbeat have come to a follower"
-    APPLY_BEFORE_WRITE "apply-before-write" Load ALL false
-        "entries are applied in memory alone"
-    APPLY_WRITTEN "apply-written" Load ALL false
-        "entries are applied, and nobody was told"
+    APPLIED "applied" Load ALL false
+        "entries are applied in memory alone, and nobody was told"
+    STATE_BEFORE_FLUSH "state-before-flush" Load ALL false
+        "changes of many entries have gathered, and are about to be written"
+    STATE_FLUSHED "state-flushed" Load ALL false
+        "they are written"
     LOG_BEFORE_WRITE "log-before-write" Load ALL true
         "the log writer holds a batch of entries"
     LOG_BEFORE_SYNC "log-before-sync" Load ALL true

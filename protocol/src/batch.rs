@@ -85,6 +85,20 @@ pub struct Operation {
     pub kind: OperationKind,
 }
 
+impl Operation {
+    /// What it takes when encoded, or a little more.
+    fn bytes_at_most(&self) -> usize {
+        // Three numbers of 128 bits take 19 bytes each at most, and so do lengths and marks together.
+        let contents = match &self.kind {
+            OperationKind::Put(value)
+            | OperationKind::Insert(value)
+            | OperationKind::Require(Condition::RecordIs(value)) => value.len(),
+            OperationKind::Add { .. } | OperationKind::Delete | OperationKind::Require(_) => 0,
+        };
+        self.row.as_bytes().len() + contents + 80
+    }
+}
+
 /// What an operation does.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum OperationKind {
@@ -229,7 +243,8 @@ impl Batch {
             let problem = format!("has {count} operations, at most {} are allowed", limits.operations_max);
             return Err(BatchError::new("batch.operations", problem));
         }
-        let bytes = encode(&self.operations).len();
+        let at_most: usize = self.operations.iter().map(Operation::bytes_at_most).sum();
+        let bytes = if at_most > limits.bytes_max { encode(&self.operations).len() } else { 0 };
         if bytes > limits.bytes_max {
             let problem = format!("takes {bytes} bytes, at most {} are allowed", limits.bytes_max);
             return Err(BatchError::new("batch.operations", problem));

@@ -19,6 +19,7 @@ use crate::{
     leader::Remembered,
     machine::{Machine, decode, encode},
     messages::{Abort, AbortReason, Decision},
+    recent::Recent,
     roster::{self, NodeChange, NodeRefusal},
     store::{Store, StoreError},
 };
@@ -221,6 +222,7 @@ struct State {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Coordinator {
     state: State,
+    recent: Recent,
 }
 
 /// The counters of the group, for people.
@@ -245,7 +247,9 @@ impl Machine for Coordinator {
             None => State { next: 1, ..State::default() },
             Some(bytes) => decode("coordinator state", &bytes)?,
         };
-        Ok(Coordinator { state })
+        let greatest = store.last(&[DECISION_TABLE], &[DECISION_TABLE + 1])?;
+        let recent = Recent::above(greatest.map(|(key, _)| id_of(&key[1..])).unwrap_or_default());
+        Ok(Coordinator { state, recent })
     }
 
     fn apply(
@@ -269,7 +273,7 @@ impl Machine for Coordinator {
 impl Coordinator {
     /// The decision of an id, if one is remembered. It never changes, so any replica may tell it.
     pub fn decision(&self, store: &dyn Store, id: BatchId) -> Result<Option<Decision>, StoreError> {
-        Ok(load(store, id)?.map(|stored| stored.decision))
+        Ok(self.load(store, id)?.map(|stored| stored.decision))
     }
 
     /// What is remembered of an id: its decision, or whether it is too old to be remembered.
@@ -386,7 +390,7 @@ impl Coordinator {
     /// Rule R1.
     fn decide(&mut self, store: &mut dyn Store, mut decision: Decision) -> Result<Decision, StoreError> {
         let id = decision.id;
-        if let Some(stored) = load(store, id)? {
+        if let Some(stored) = self.load(store, id)? {
             return Ok(stored.decision);
         }
         if id.time() <= self.state.horizon {
@@ -413,7 +417,12 @@ impl Coordinator {
         }
         let stored = Stored { decision, position, finished };
         store.put(&decision_key(id), &encode(&stored))?;
+        self.recent.note(id);
         Ok(stored.decision)
+    }
+
+    fn load(&self, store: &dyn Store, id: BatchId) -> Result<Option<Stored>, StoreError> {
+        if self.recent.is_new(id) { Ok(None) } else { load(store, id) }
     }
 
     /// Counts a commit, and moves the history mark when enough have been recorded behind a checkpoint.

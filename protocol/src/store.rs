@@ -20,6 +20,14 @@ pub trait Store {
     /// The value of `key`.
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
 
+    /// Shows the value of `key`, if there is one, where it lies.
+    fn look(&self, key: &[u8], visit: &mut dyn FnMut(&[u8])) -> Result<(), StoreError> {
+        if let Some(value) = self.get(key)? {
+            visit(&value);
+        }
+        Ok(())
+    }
+
     /// Sets the value of `key`.
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError>;
 

@@ -90,6 +90,10 @@ pub struct Limits {
     pub block_cache_bytes: usize,
     /// Recently used keys and values of each group kept in memory, in bytes.
     pub state_cache_bytes: usize,
+    /// Changes of each group's state that gather in memory before they are written, in bytes...
+    pub state_behind_bytes: usize,
+    /// ...or in entries that were applied. After a crash so much is applied again from the log.
+    pub state_behind_entries: usize,
 }
 
 impl Default for Limits {
@@ -107,6 +111,8 @@ impl Default for Limits {
             proposal_bytes_in_flight: 128 << 20,
             block_cache_bytes: 64 << 20,
             state_cache_bytes: 64 << 20,
+            state_behind_bytes: 4 << 20,
+            state_behind_entries: 256,
         }
     }
 }

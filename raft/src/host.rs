@@ -18,6 +18,7 @@ use verdict_protocol::{
 };
 
 use crate::{
+    state::StoreLimits,
     acknowledged::{Acknowledged, Mark},
     api::{HostConfig, HostError},
     disk::{Disk, Identity, apart, host_error, snapshot_directory},
@@ -142,7 +143,7 @@ impl Host {
             let snapshots = Snapshots::open(node.storage.clone(), &folder, group)?;
             let log = GroupLog::open(disk.clone(), group, limits.tail_bytes, acknowledged)?;
             let fatal = node.fatal.clone();
-            let replica = Replica::open(disk, group, machine, snapshots, limits.state_cache_bytes, fatal)?;
+            let replica = Replica::open(disk, group, machine, snapshots, StoreLimits::of(limits), fatal)?;
             // The log may end before what was applied: a leader applies what a majority of the others has on disk, before its own disk
             // has it, and a snapshot is installed before the log is cut. Raft's library then goes on behind what was applied.
             // What this node had acknowledged is another matter: that is checked by `GroupLog::open`.

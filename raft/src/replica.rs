@@ -1,8 +1,9 @@
 //! The state machine of one group as openraft uses it: applies entries, makes and installs snapshots.
 //!
 //! Invariants:
-//! - All changes of the entries that are applied together, the applied log id and the membership are one atomic write (R5).
-//! - Nobody looks at the machine between the first and the last entry of such a write.
+//! - What is written of the state is the state after whole entries, with their log id and membership, in one atomic write (R5). It
+//!   follows behind ([`GroupStore`]): whoever needs it to be in the database, as a snapshot does, flushes first.
+//! - Nobody looks at the machine between the first and the last of the entries that are applied together.
 //! - An error or a panic inside `apply` stops the node: the replica must not go on from a state that others don't have.
 //! - A snapshot is installed beside the state that counts, and counts from one synced write on.
 
@@ -32,7 +33,7 @@ use crate::{
     disk::{Disk, GroupKey, apart, group_key},
     fatal::Fatal,
     snapshot::{SnapshotFile, Snapshots},
-    state::{AppliedState, GroupStore, remove_other_generations},
+    state::{AppliedState, GroupStore, StoreLimits, remove_other_generations},
     storage::Storage,
     types::{Entry, LogId, Reply, SnapshotMeta, StoredMembership, Types},
 };
@@ -45,7 +46,7 @@ const APPLY_BYTES_MAX: usize = 4 << 20;
 pub(crate) struct Replica<M: Machine> {
     group: GroupId,
     config: M::Config,
-    cache_bytes: usize,
+    limits: StoreLimits,
     core: Mutex<Core<M>>,
     applied: watch::Sender<Option<LogId>>,
     pub(crate) snapshots: Snapshots,
@@ -67,15 +68,15 @@ impl<M: Machine> Replica<M> {
         group: GroupId,
         config: M::Config,
         snapshots: Snapshots,
-        cache_bytes: usize,
+        limits: StoreLimits,
         fatal: Fatal,
     ) -> io::Result<Replica<M>> {
         let generation = disk.read_meta(&group_key(group, GroupKey::Generation))?.unwrap_or(0);
         remove_other_generations(&disk, group, generation)?;
         let storage = disk.storage().clone();
-        let core = Core::open(disk, group, generation, &config, cache_bytes)?;
+        let core = Core::open(disk, group, generation, &config, limits)?;
         let applied = watch::Sender::new(core.state.applied);
-        Ok(Replica { group, config, cache_bytes, core: Mutex::new(core), applied, snapshots, storage, fatal })
+        Ok(Replica { group, config, limits, core: Mutex::new(core), applied, snapshots, storage, fatal })
     }
 
     /// Looks at the machine and its store between two applies.
@@ -97,6 +98,14 @@ impl<M: Machine> Replica<M> {
     /// Lets go of the database.
     pub(crate) fn close(&self) {
         self.snapshots.stop();
+        // What isn't flushed is applied again from the log; this only makes the next start quick. After an error the state may be
+        // that of half an entry, and must not be written.
+        if self.fatal.check().is_ok()
+            && let Ok(mut core) = self.core.lock()
+            && let Err(error) = core.flush()
+        {
+            tracing::debug!(group = %self.group, %error, "the state isn't flushed");
+        }
         // After a panic inside the machine there is still the database to let go of.
         let mut core = self.core.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         core.store.close();
@@ -105,6 +114,13 @@ impl<M: Machine> Replica<M> {
 
     fn lock(&self) -> MutexGuard<'_, Core<M>> {
         self.core.lock().expect("the machine panicked earlier, and the node has stopped")
+    }
+
+    /// The database and the generation in it that counts, once all that is applied is there.
+    fn flushed(&self) -> io::Result<(Arc<Disk>, u32)> {
+        self.fatal.check()?;
+        self.lock().flush()?;
+        self.disk()
     }
 
     fn disk(&self) -> io::Result<(Arc<Disk>, u32)> {
@@ -118,16 +134,19 @@ impl<M: Machine> Replica<M> {
         let mut replies = Vec::with_capacity(entries.len());
         let applied = {
             let mut core = self.lock();
+            let count = entries.len();
             for (entry, responder) in entries {
                 let reply = core.apply_one(entry, responder.is_some())?;
                 if let Some(responder) = responder {
                     replies.push((responder, reply));
                 }
             }
-            let core = &mut *core;
-            failpoint!(APPLY_BEFORE_WRITE, self.group.0);
-            core.store.commit(&core.state)?;
-            failpoint!(APPLY_WRITTEN, self.group.0);
+            failpoint!(APPLIED, self.group.0);
+            if core.store.applied(count) {
+                failpoint!(STATE_BEFORE_FLUSH, self.group.0);
+                core.flush()?;
+                failpoint!(STATE_FLUSHED, self.group.0);
+            }
             core.state.applied
         };
         self.applied.send_replace(applied);
@@ -151,7 +170,7 @@ impl<M: Machine> Replica<M> {
     pub(crate) fn ensure_snapshot(&self) -> io::Result<()> {
         let newest = self.snapshots.current().and_then(|(meta, _)| meta.last_log_id);
         if newest < *self.applied.borrow() {
-            let (disk, generation) = self.disk()?;
+            let (disk, generation) = self.flushed()?;
             self.snapshots.build(&disk, generation, || {})?;
         }
         Ok(())
@@ -167,7 +186,7 @@ impl<M: Machine> Replica<M> {
         // From this write on the new state counts; it also makes all of it durable.
         disk.write_meta(&group_key(self.group, GroupKey::Generation), &generation)?;
         failpoint!(INSTALL_SWITCHED, self.group.0, fails)?;
-        let core = Core::open(disk.clone(), self.group, generation, &self.config, self.cache_bytes)?;
+        let core = Core::open(disk.clone(), self.group, generation, &self.config, self.limits)?;
         let applied = core.state.applied;
         *self.lock() = core;
         self.applied.send_replace(applied);
@@ -181,12 +200,16 @@ impl<M: Machine> Core<M> {
         group: GroupId,
         generation: u32,
         config: &M::Config,
-        cache_bytes: usize,
+        limits: StoreLimits,
     ) -> io::Result<Core<M>> {
-        let store = GroupStore::new(disk.clone(), group, generation, cache_bytes);
+        let store = GroupStore::new(disk.clone(), group, generation, limits);
         let state = store.applied_state()?;
         let machine = M::open(config, &store).map_err(|error| io::Error::other(error.to_string()))?;
         Ok(Core { machine, store, state, generation, disk: Some(disk) })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.store.flush(&self.state)
     }
 
     fn apply_one(&mut self, entry: Entry, wanted: bool) -> io::Result<Reply> {
@@ -244,7 +267,7 @@ impl<M: Machine> RaftStateMachine<Types> for StateMachine<M> {
         let (taken, wait) = oneshot::channel();
         let replica = self.0.clone();
         let job = apart(&self.0.storage, move || {
-            let (disk, generation) = replica.disk()?;
+            let (disk, generation) = replica.flushed()?;
             let told = move || {
                 // Whoever waited may have been stopped.
                 let _ = taken.send(());

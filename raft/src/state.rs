@@ -1,29 +1,36 @@
-//! The durable state of one group: [`Store`] over the node's database.
+//! The durable state of one group: [`Store`] over the node's database, written behind the log.
 //!
-//! A machine's changes gather in memory and reach the database in one atomic write, together with the applied log id
-//! ([`GroupStore::commit`], R5). What was read or written recently stays in memory.
+//! A machine's changes gather in memory, over many entries, and reach the database in one atomic write, together with the applied
+//! log id ([`GroupStore::flush`], R5). So what is changed again and again is written once, and what comes and goes in between is
+//! never written. A crash loses what has gathered; the log still has the entries, and they are applied again.
+//! What was read or written recently stays in memory.
 //!
 //! Invariants:
-//! - Reads see all earlier writes, committed or not.
+//! - Reads see all earlier writes, flushed or not.
+//! - What the database holds is the state after whole entries, up to the applied log id that stands beside it.
+//! - The log is purged only up to a snapshot, and a snapshot is made of what was flushed: no entry that is needed again is gone.
 //! - The cache holds what the database holds, or nothing.
 //! - Every key stands under its group and generation; a snapshot is installed as a new generation.
 
 use std::{
-    cell::RefCell,
-    collections::{BTreeMap, HashMap},
+    cell::{Cell, RefCell},
+    collections::{BTreeSet, HashMap},
     io,
     ops::Bound,
     sync::Arc,
 };
 
 use bytes::Bytes;
+use foldhash::fast::RandomState;
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 use verdict_protocol::{
     ids::GroupId,
     store::{Store, StoreError},
 };
 
 use crate::{
+    api::Limits,
     disk::{Disk, seal, unseal},
     storage::{Start, Table},
     types::{LogId, StoredMembership},
@@ -37,6 +44,9 @@ const HOST: u8 = 0;
 const MACHINE: u8 = 1;
 /// The host's key for [`AppliedState`].
 const APPLIED: &[u8] = &[HOST, 0x01];
+
+/// What a map needs for an entry beyond a short key and value, roughly.
+const ENTRY_OVERHEAD_BYTES: usize = 128;
 
 /// How far a replica has applied, and who was a member then.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -86,22 +96,78 @@ fn any_key(disk: &Disk, from: &[u8], to: &[u8]) -> io::Result<bool> {
     Ok(cursor.item().is_some())
 }
 
+/// How much is kept in memory of a group's state.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StoreLimits {
+    /// What was used recently.
+    pub(crate) cache_bytes: usize,
+    /// Changes that aren't in the database yet: at this size they are written.
+    pub(crate) behind_bytes: usize,
+    /// The same, in applied entries.
+    pub(crate) behind_entries: usize,
+}
+
+impl StoreLimits {
+    /// As a node's settings tell.
+    pub(crate) fn of(limits: &Limits) -> StoreLimits {
+        StoreLimits {
+            cache_bytes: limits.state_cache_bytes,
+            behind_bytes: limits.state_behind_bytes,
+            behind_entries: limits.state_behind_entries,
+        }
+    }
+}
+
+/// Most keys and values are short: they are kept in place, so that looking one up follows no pointer.
+type Key = SmallVec<[u8; 40]>;
+/// None: removed, or absent.
+type Value = Option<SmallVec<[u8; 56]>>;
+
+/// A change that isn't in the database yet.
+struct Change {
+    value: Value,
+    /// Whether it was read, and so is worth keeping in memory when it is written.
+    used: Cell<bool>,
+}
+
+/// The keys of the changes in order, as far as anybody wanted them in order.
+#[derive(Default)]
+struct Order {
+    sorted: BTreeSet<Key>,
+    unsorted: Vec<Key>,
+}
+
+impl Order {
+    fn sorted(&mut self) -> &BTreeSet<Key> {
+        self.sorted.extend(self.unsorted.drain(..));
+        &self.sorted
+    }
+}
+
 /// The state of one group, in one generation.
 pub(crate) struct GroupStore {
     disk: Option<Arc<Disk>>,
     prefix: [u8; PREFIX_BYTES],
-    /// Changes that aren't in the database yet. None: removed.
-    changes: BTreeMap<Vec<u8>, Option<Bytes>>,
+    limits: StoreLimits,
+    changes: HashMap<Key, Change, RandomState>,
+    order: RefCell<Order>,
+    /// What `changes` holds, roughly.
+    behind_bytes: usize,
+    behind_entries: usize,
     cache: RefCell<Cache>,
 }
 
 impl GroupStore {
-    pub(crate) fn new(disk: Arc<Disk>, group: GroupId, generation: u32, cache_bytes: usize) -> GroupStore {
+    pub(crate) fn new(disk: Arc<Disk>, group: GroupId, generation: u32, limits: StoreLimits) -> GroupStore {
         GroupStore {
             disk: Some(disk),
             prefix: prefix(group, generation),
-            changes: BTreeMap::new(),
-            cache: RefCell::new(Cache::new(cache_bytes)),
+            limits,
+            changes: HashMap::default(),
+            order: RefCell::default(),
+            behind_bytes: 0,
+            behind_entries: 0,
+            cache: RefCell::new(Cache::new(limits.cache_bytes)),
         }
     }
 
@@ -114,24 +180,61 @@ impl GroupStore {
         }
     }
 
+    /// So many more entries were applied. True: it is time to flush.
+    pub(crate) fn applied(&mut self, entries: usize) -> bool {
+        self.behind_entries += entries;
+        self.behind_entries >= self.limits.behind_entries || self.behind_bytes >= self.limits.behind_bytes
+    }
+
     /// Writes all changes and the applied log id in one atomic step, without sync.
-    pub(crate) fn commit(&mut self, state: &AppliedState) -> io::Result<()> {
+    pub(crate) fn flush(&mut self, state: &AppliedState) -> io::Result<()> {
+        if self.behind_entries == 0 {
+            return Ok(());
+        }
         let disk = self.disk().map_err(|error| io::Error::other(error.to_string()))?.clone();
+        // In order: that is how the database keeps them.
+        let mut changes: Vec<(&Key, &Change)> = self.changes.iter().collect();
+        changes.sort_unstable_by_key(|(key, _)| *key);
         let mut batch = disk.tables().batch();
-        for (key, value) in &self.changes {
-            let key = self.machine_key(key);
-            match value {
-                Some(value) => batch.put(Table::State, &key, value),
-                None => batch.delete(Table::State, &key),
+        let mut full_key = self.machine_key(&[]);
+        let prefix = full_key.len();
+        for (key, change) in &changes {
+            full_key.truncate(prefix);
+            full_key.extend_from_slice(key);
+            match &change.value {
+                Some(value) => batch.put(Table::State, &full_key, value),
+                None => batch.delete(Table::State, &full_key),
             }
         }
         batch.put(Table::State, &self.key(APPLIED), &seal(APPLIED, state));
         batch.write()?;
         let cache = self.cache.get_mut();
-        for (key, value) in std::mem::take(&mut self.changes) {
-            cache.set(key, value);
+        for (key, change) in self.changes.drain() {
+            if change.used.get() {
+                cache.set(key, change.value);
+            } else {
+                cache.remove(&key);
+            }
         }
+        let order = self.order.get_mut();
+        order.sorted.clear();
+        order.unsorted.clear();
+        (self.behind_bytes, self.behind_entries) = (0, 0);
         Ok(())
+    }
+
+    fn change(&mut self, key: &[u8], value: Value) {
+        let bytes = |value: &Value| value.as_ref().map_or(0, |value| value.len());
+        self.behind_bytes += bytes(&value);
+        if let Some(change) = self.changes.get_mut(key) {
+            self.behind_bytes -= bytes(&change.value);
+            change.value = value;
+            return;
+        }
+        self.behind_bytes += ENTRY_OVERHEAD_BYTES + key.len();
+        let key = Key::from_slice(key);
+        self.order.get_mut().unsorted.push(key.clone());
+        self.changes.insert(key, Change { value, used: Cell::new(false) });
     }
 
     /// Lets go of the database; everything fails from then on.
@@ -158,26 +261,42 @@ fn store_error(error: io::Error) -> StoreError {
 
 impl Store for GroupStore {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        if let Some(value) = self.changes.get(key) {
-            return Ok(value.clone());
+        let mut found = None;
+        self.look(key, &mut |value| found = Some(Bytes::copy_from_slice(value)))?;
+        Ok(found)
+    }
+
+    fn look(&self, key: &[u8], visit: &mut dyn FnMut(&[u8])) -> Result<(), StoreError> {
+        if let Some(change) = self.changes.get(key) {
+            change.used.set(true);
+            if let Some(value) = &change.value {
+                visit(value);
+            }
+            return Ok(());
         }
         let mut cache = self.cache.borrow_mut();
         if let Some(value) = cache.get(key) {
-            return Ok(value);
+            if let Some(value) = value {
+                visit(value);
+            }
+            return Ok(());
         }
         let disk = self.disk()?;
         let value = disk.tables().get(Table::State, &self.machine_key(key)).map_err(store_error)?;
-        cache.set(key.to_vec(), value.clone());
-        Ok(value)
+        if let Some(value) = &value {
+            visit(value);
+        }
+        cache.set(Key::from_slice(key), value.map(|value| SmallVec::from_slice(&value)));
+        Ok(())
     }
 
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
-        self.changes.insert(key.to_vec(), Some(Bytes::copy_from_slice(value)));
+        self.change(key, Some(SmallVec::from_slice(value)));
         Ok(())
     }
 
     fn delete(&mut self, key: &[u8]) -> Result<(), StoreError> {
-        self.changes.insert(key.to_vec(), None);
+        self.change(key, None);
         Ok(())
     }
 
@@ -193,11 +312,12 @@ impl Store for GroupStore {
         let disk = self.disk()?;
         let (start, end) = (self.machine_key(from), self.machine_key(to));
         let mut stored = disk.tables().cursor(Table::State, &start, Some(&end), Start::First);
-        let mut changed =
-            self.changes.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))).peekable();
+        let mut order = self.order.borrow_mut();
+        let range = (Bound::Included(from), Bound::Excluded(to));
+        let mut changed = order.sorted().range::<[u8], _>(range).peekable();
         loop {
             let below = stored.item().map(|(key, value)| (&key[PREFIX_BYTES + 1..], value));
-            let above = changed.peek().map(|(key, value)| (key.as_slice(), value.as_ref()));
+            let above = changed.peek().map(|key| (key.as_slice(), self.changes[*key].value.as_deref()));
             let go_on = match (below, above) {
                 (None, None) => break,
                 (Some((key, value)), above) if above.is_none_or(|(changed, _)| key < changed) => {
@@ -229,22 +349,24 @@ impl Store for GroupStore {
         let disk = self.disk()?;
         let (start, end) = (self.machine_key(from), self.machine_key(to));
         let mut stored = disk.tables().cursor(Table::State, &start, Some(&end), Start::Last);
-        let mut changed =
-            self.changes.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to))).rev().peekable();
+        let mut order = self.order.borrow_mut();
+        let range = (Bound::Included(from), Bound::Excluded(to));
+        let mut changed = order.sorted().range::<[u8], _>(range).rev().peekable();
+        let found = |key: &[u8], value: &[u8]| {
+            Ok(Some((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value))))
+        };
         loop {
             let below = stored.item().map(|(key, value)| (&key[PREFIX_BYTES + 1..], value));
-            let above = changed.peek().map(|(key, value)| (key.as_slice(), value.as_ref()));
+            let above = changed.peek().map(|key| (key.as_slice(), self.changes[*key].value.as_deref()));
             match (below, above) {
                 (None, None) => {
                     stored.status().map_err(store_error)?;
                     return Ok(None);
                 }
                 (Some((key, value)), above) if above.is_none_or(|(changed, _)| key > changed) => {
-                    return Ok(Some((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value))));
+                    return found(key, value);
                 }
-                (_, Some((key, Some(value)))) => {
-                    return Ok(Some((Bytes::copy_from_slice(key), value.clone())));
-                }
+                (_, Some((key, Some(value)))) => return found(key, value),
                 (below, Some((key, None))) => {
                     if below.is_some_and(|(below, _)| below == key) {
                         stored.prev();
@@ -260,35 +382,39 @@ impl Store for GroupStore {
 /// What was used recently: two halves, the older of which is dropped when the newer is full. Knows absent keys too.
 struct Cache {
     half_bytes_max: usize,
-    newer: HashMap<Vec<u8>, Option<Bytes>>,
-    older: HashMap<Vec<u8>, Option<Bytes>>,
+    newer: HashMap<Key, Value, RandomState>,
+    older: HashMap<Key, Value, RandomState>,
     newer_bytes: usize,
 }
 
 impl Cache {
-    /// What a map needs for an entry beyond key and value, roughly.
-    const OVERHEAD_BYTES: usize = 96;
-
     fn new(bytes_max: usize) -> Cache {
-        Cache { half_bytes_max: bytes_max / 2, newer: HashMap::new(), older: HashMap::new(), newer_bytes: 0 }
+        let (newer, older) = (HashMap::default(), HashMap::default());
+        Cache { half_bytes_max: bytes_max / 2, newer, older, newer_bytes: 0 }
     }
 
-    fn get(&mut self, key: &[u8]) -> Option<Option<Bytes>> {
-        if let Some(value) = self.newer.get(key) {
-            return Some(value.clone());
+    fn get(&mut self, key: &[u8]) -> Option<&Value> {
+        if !self.newer.contains_key(key) {
+            let (key, value) = self.older.remove_entry(key)?;
+            self.set(key, value);
         }
-        let (key, value) = self.older.remove_entry(key)?;
-        self.set(key, value.clone());
-        Some(value)
+        // It may have filled the newer half, which is the older one then.
+        self.newer.get(key).or_else(|| self.older.get(key))
     }
 
-    fn set(&mut self, key: Vec<u8>, value: Option<Bytes>) {
+    fn set(&mut self, key: Key, value: Value) {
         self.older.remove(&key);
-        self.newer_bytes += Self::OVERHEAD_BYTES + key.len() + value.as_ref().map_or(0, Bytes::len);
+        self.newer_bytes += ENTRY_OVERHEAD_BYTES + key.len() + value.as_ref().map_or(0, |value| value.len());
         self.newer.insert(key, value);
         if self.newer_bytes > self.half_bytes_max {
-            self.older = std::mem::take(&mut self.newer);
+            std::mem::swap(&mut self.older, &mut self.newer);
+            self.newer.clear();
             self.newer_bytes = 0;
         }
+    }
+
+    fn remove(&mut self, key: &[u8]) {
+        self.older.remove(key);
+        self.newer.remove(key);
     }
 }

@@ -15,6 +15,8 @@ use verdict_protocol::{
 
 use crate::{
     acknowledged::{Acknowledged, Mark},
+    api::Limits,
+    state::StoreLimits,
     disk::{Disk, snapshot_directory},
     fatal::Fatal,
     log::{GroupLog, LogStore},
@@ -60,7 +62,7 @@ impl StoreBuilder<Types, LogStore, StateMachine<Nothing>, TempDir> for Builder {
         let acknowledged = Acknowledged::open(&*storage, directory.path()).unwrap();
         let (writer, _) =
             Writer::start(disk.clone(), acknowledged, Arc::default(), fatal.clone(), 64).unwrap();
-        let replica = Replica::open(disk, group, (), snapshots, 1 << 20, fatal).unwrap();
+        let replica = Replica::open(disk, group, (), snapshots, StoreLimits::of(&Limits::default()), fatal).unwrap();
         Ok((directory, LogStore::new(log, writer), StateMachine(Arc::new(replica))))
     }
 }

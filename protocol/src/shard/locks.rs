@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 
+use super::holders::Holders;
 use crate::ids::{GroupId, Number};
 
 /// Who stands in line: its number, and the coordinator that gave it. Numbers of different coordinators have no order, so
@@ -61,21 +62,23 @@ pub struct Claim {
 }
 
 impl Claim {
-    fn outgoing(&self) -> i128 {
+    /// What it takes away: negative or 0.
+    pub fn outgoing(&self) -> i128 {
         self.delta.min(0)
     }
 
-    fn incoming(&self) -> i128 {
+    /// What it brings.
+    pub fn incoming(&self) -> i128 {
         self.delta.max(0)
     }
 
     /// The bound that `S - O` must keep, `O` counting this holder too: `lowest` holds without its own outgoing part.
-    fn low_mark(&self) -> i128 {
+    pub fn low_mark(&self) -> i128 {
         self.lowest.saturating_add(self.outgoing())
     }
 
     /// The bound that `S + I` must keep, `I` counting this holder too.
-    fn high_mark(&self) -> i128 {
+    pub fn high_mark(&self) -> i128 {
         self.highest.saturating_add(self.incoming())
     }
 }
@@ -98,14 +101,8 @@ pub enum Answer {
 /// The line at one row.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RowLock {
-    holders: BTreeMap<Ticket, Claim>,
+    holders: Holders,
     waiters: BTreeMap<Ticket, Claim>,
-    /// Sums over the holders; outgoing is negative or 0.
-    outgoing: i128,
-    incoming: i128,
-    /// The holders' marks, counted: the greatest low one and the least high one bind.
-    low_marks: BTreeMap<i128, u32>,
-    high_marks: BTreeMap<i128, u32>,
 }
 
 impl RowLock {
@@ -119,6 +116,11 @@ impl RowLock {
         !self.holders.is_empty()
     }
 
+    /// Whether somebody waits for it.
+    pub fn is_waited_for(&self) -> bool {
+        !self.waiters.is_empty()
+    }
+
     /// Who waits, in order.
     pub fn waiting(&self) -> impl Iterator<Item = Ticket> + '_ {
         self.waiters.keys().copied()
@@ -126,17 +128,12 @@ impl RowLock {
 
     /// Holders whose outcome may change the row.
     pub fn writers(&self) -> impl Iterator<Item = Ticket> + '_ {
-        self.holders.iter().filter(|(_, claim)| claim.writes).map(|(ticket, _)| *ticket)
+        self.holders.iter().filter(|(_, claim)| claim.writes).map(|(ticket, _)| ticket)
     }
 
     /// Lets a part hold the row.
     pub fn hold(&mut self, ticket: Ticket, claim: Claim) {
-        self.outgoing = self.outgoing.saturating_add(claim.outgoing());
-        self.incoming = self.incoming.saturating_add(claim.incoming());
-        *self.low_marks.entry(claim.low_mark()).or_default() += 1;
-        *self.high_marks.entry(claim.high_mark()).or_default() += 1;
-        let before = self.holders.insert(ticket, claim);
-        assert!(before.is_none(), "{ticket:?} holds the row already");
+        self.holders.insert(ticket, claim);
     }
 
     /// Puts a part in line.
@@ -147,19 +144,14 @@ impl RowLock {
     /// Takes a part out, wherever it stands.
     pub fn remove(&mut self, ticket: Ticket) {
         self.waiters.remove(&ticket);
-        if let Some(claim) = self.holders.remove(&ticket) {
-            self.outgoing -= claim.outgoing();
-            self.incoming -= claim.incoming();
-            uncount(&mut self.low_marks, claim.low_mark());
-            uncount(&mut self.high_marks, claim.high_mark());
-        }
+        self.holders.remove(ticket);
     }
 
     /// Whether the claim's mode and its place in line permit it to be looked at now.
     pub fn admits(&self, ticket: Ticket, claim: &Claim) -> Answer {
         // All holders go with each other, so if one fits, all do.
-        if self.holders.values().next().is_some_and(|first| !first.mode.goes_with(claim.mode)) {
-            let in_order = self.holders.keys().all(|holder| is_before(*holder, ticket));
+        if self.holders.first().is_some_and(|(_, first)| !first.mode.goes_with(claim.mode)) {
+            let in_order = self.holders.iter().all(|(holder, _)| is_before(holder, ticket));
             return if in_order { Answer::Waits } else { Answer::Conflict };
         }
         // Mostly the first one in line decides.
@@ -179,22 +171,20 @@ impl RowLock {
         if self.least(settled) > claim.highest {
             return Answer::TooHigh;
         }
-        let outgoing = self.outgoing.checked_add(claim.outgoing());
-        let incoming = self.incoming.checked_add(claim.incoming());
+        let outgoing = self.holders.outgoing().checked_add(claim.outgoing());
+        let incoming = self.holders.incoming().checked_add(claim.incoming());
         let least = outgoing.and_then(|outgoing| settled.checked_add(outgoing));
         let greatest = incoming.and_then(|incoming| settled.checked_add(incoming));
-        let own = settled.saturating_add(self.outgoing) >= claim.lowest
-            && settled.saturating_add(self.incoming) <= claim.highest;
-        let others = least
-            .is_some_and(|least| self.low_marks.keys().next_back().is_none_or(|mark| least >= *mark))
+        let own = self.least(settled) >= claim.lowest && self.best(settled) <= claim.highest;
+        let others = least.is_some_and(|least| self.holders.low_mark().is_none_or(|mark| least >= mark))
             && greatest
-                .is_some_and(|greatest| self.high_marks.keys().next().is_none_or(|mark| greatest <= *mark));
+                .is_some_and(|greatest| self.holders.high_mark().is_none_or(|mark| greatest <= mark));
         if own && others {
             return Answer::Granted;
         }
         // Not sure yet. Waiting is for lower numbers only: with a higher one on the row there would be no order.
-        let later = self.holders.keys().next_back().is_some_and(|holder| !is_before(*holder, ticket));
-        let foreign = self.holders.keys().any(|holder| holder.coordinator != ticket.coordinator);
+        let later = self.holders.last().is_some_and(|holder| !is_before(holder, ticket));
+        let foreign = self.holders.iter().any(|(holder, _)| holder.coordinator != ticket.coordinator);
         if foreign || (later && !self.waits_for_lower(ticket, claim, settled)) {
             Answer::Conflict
         } else {
@@ -205,12 +195,12 @@ impl RowLock {
     /// The most that the balance can be, as far as anything is undecided. All that was answered by now is settled or counted here, so a
     /// rejection by it is true now.
     pub fn best(&self, settled: i128) -> i128 {
-        settled.saturating_add(self.incoming)
+        settled.saturating_add(self.holders.incoming())
     }
 
     /// The least that the balance can be.
     pub fn least(&self, settled: i128) -> i128 {
-        settled.saturating_add(self.outgoing)
+        settled.saturating_add(self.holders.outgoing())
     }
 
     /// Whether the answer is open because of holders with lower numbers: not if those with higher ones alone make it so.
@@ -222,10 +212,10 @@ impl RowLock {
     }
 
     fn sums_before(&self, ticket: Ticket) -> (i128, i128) {
-        if self.holders.keys().next_back().is_none_or(|last| *last < ticket) {
-            return (self.outgoing, self.incoming);
+        if self.holders.last().is_none_or(|last| last < ticket) {
+            return (self.holders.outgoing(), self.holders.incoming());
         }
-        let before = self.holders.range(..ticket).map(|(_, claim)| claim);
+        let before = self.holders.iter().take_while(|(holder, _)| *holder < ticket).map(|(_, claim)| claim);
         before.fold((0, 0), |(outgoing, incoming), claim| {
             (outgoing + claim.outgoing(), incoming + claim.incoming())
         })
@@ -248,12 +238,4 @@ fn may_pass(claim: &Claim, waiting: &Claim) -> bool {
 
 fn is_before(one: Ticket, other: Ticket) -> bool {
     one.coordinator == other.coordinator && one.number < other.number
-}
-
-fn uncount(marks: &mut BTreeMap<i128, u32>, mark: i128) {
-    let count = marks.get_mut(&mark).expect("every holder's mark is counted");
-    *count -= 1;
-    if *count == 0 {
-        marks.remove(&mark);
-    }
 }

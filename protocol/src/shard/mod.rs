@@ -16,10 +16,11 @@
 //! answer depends on 1.1; `outcome 1.1 abort` grants it, and the vote YES for 1.2 is among the answers.
 
 mod evaluate;
+mod holders;
 mod locks;
 mod rows;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
 use serde::{Deserialize, Serialize};
 
@@ -519,8 +520,11 @@ impl Shard {
         let mut lost = false;
         match (commit, held) {
             (Some(stamp), Some(held)) if held.number == number && held.stand == Stand::Yes => {
-                let operations = held.operations.clone();
+                let held = self.parts.get_mut(&(coordinator, id)).expect("it was found above");
+                let operations = std::mem::take(&mut held.operations);
                 self.carry_out(store, id, stamp, &operations)?;
+                let held = self.parts.get_mut(&(coordinator, id)).expect("carrying out removes no part");
+                held.operations = operations;
             }
             // No part, or one that can't have been counted on: fine if this outcome has been here before.
             (Some(_), _) => lost = !known,
@@ -642,13 +646,13 @@ impl Shard {
     /// Takes a ticket out of the lines of its rows, and collects who stands behind it.
     fn leave_line(&mut self, ticket: Ticket, operations: &Part, behind: &mut Behind) {
         for (_, operation) in operations {
-            let Some(lock) = self.locks.get_mut(&operation.row) else { continue };
+            let Entry::Occupied(mut place) = self.locks.entry(operation.row.clone()) else { continue };
+            let lock = place.get_mut();
             lock.remove(ticket);
-            if behind.rows.insert(operation.row.clone()) {
-                behind.tickets.extend(lock.waiting());
-            }
             if lock.is_free() {
-                self.locks.remove(&operation.row);
+                place.remove();
+            } else if lock.is_waited_for() && behind.rows.insert(operation.row.clone()) {
+                behind.tickets.extend(lock.waiting());
             }
         }
     }

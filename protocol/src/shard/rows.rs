@@ -63,10 +63,9 @@ fn stamp_of(key: &[u8]) -> Stamp {
 
 /// The settled value of a row.
 pub fn settled(store: &dyn Store, row: &RowKey) -> Result<RowAt, StoreError> {
-    match store.get(&row_key(row))? {
-        None => Ok(RowAt::default()),
-        Some(bytes) => decode("row", &bytes),
-    }
+    let mut found = Ok(RowAt::default());
+    store.look(&row_key(row), &mut |bytes| found = decode("row", bytes))?;
+    found
 }
 
 /// What a row held at a position, of what has been applied.
