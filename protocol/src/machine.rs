@@ -60,8 +60,11 @@ pub fn apply<M: Machine>(
 ) -> Result<M::Reply, StoreError> {
     let before = position(store)?;
     assert!(index > before.index, "entry {index} is applied after entry {}", before.index);
-    let mut hashed =
-        HashedStore { inner: store, hasher: blake3::Hasher::new(), waiting: Vec::with_capacity(CHAINED_BYTES) };
+    let mut hashed = HashedStore {
+        inner: store,
+        hasher: blake3::Hasher::new(),
+        waiting: Vec::with_capacity(CHAINED_BYTES),
+    };
     hashed.chain(&[&before.hash, &index.to_be_bytes(), &length(command), command]);
     let reply = machine.apply(&mut hashed, index, command)?;
     let hash = hashed.hash();

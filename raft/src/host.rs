@@ -18,7 +18,6 @@ use verdict_protocol::{
 };
 
 use crate::{
-    state::StoreLimits,
     acknowledged::{Acknowledged, Mark},
     api::{HostConfig, HostError},
     disk::{Disk, Identity, apart, host_error, snapshot_directory},
@@ -33,6 +32,7 @@ use crate::{
     service::Service,
     snapshot::{self, Snapshots},
     standing::{Life, SAVE_AFTER, Standings},
+    state::StoreLimits,
     storage::Storage,
     writer::{Operation, Running, Writer},
 };

@@ -352,9 +352,8 @@ impl Store for GroupStore {
         let mut order = self.order.borrow_mut();
         let range = (Bound::Included(from), Bound::Excluded(to));
         let mut changed = order.sorted().range::<[u8], _>(range).rev().peekable();
-        let found = |key: &[u8], value: &[u8]| {
-            Ok(Some((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value))))
-        };
+        let found =
+            |key: &[u8], value: &[u8]| Ok(Some((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value))));
         loop {
             let below = stored.item().map(|(key, value)| (&key[PREFIX_BYTES + 1..], value));
             let above = changed.peek().map(|key| (key.as_slice(), self.changes[*key].value.as_deref()));

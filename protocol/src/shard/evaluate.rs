@@ -3,7 +3,7 @@
 //! A row that a part uses by deltas alone is judged by bounds (see [`super::locks`]); a row that it has to itself, or shares for
 //! conditions, is judged by running the operations on the settled value.
 
-use std::collections::BTreeMap;
+use smallvec::SmallVec;
 
 use crate::{
     batch::{Condition, OperationKind, Part, RowKey},
@@ -15,34 +15,57 @@ use super::locks::{Claim, Mode};
 /// The longest piece of a record that a rejection shows, in bytes.
 const MET_BYTES_MAX: usize = 1024;
 
-/// A part's operations, row by row in key order; each row's in the order of the batch.
-pub type ByRow<'a> = BTreeMap<&'a RowKey, Vec<(u32, &'a OperationKind)>>;
+/// What a part does with one row.
+pub struct Use<'a> {
+    /// The row.
+    pub row: &'a RowKey,
+    /// The operations on it, with their places, in the order of the batch.
+    pub operations: Operations<'a>,
+    /// What they claim of it.
+    pub claim: Claim,
+}
+
+/// The operations on one row; mostly it is one.
+pub type Operations<'a> = SmallVec<[(u32, &'a OperationKind); 2]>;
+
+/// A part, row by row in key order.
+pub type ByRow<'a> = SmallVec<[Use<'a>; 4]>;
 
 /// Groups the operations of a part by row.
 pub fn by_row(part: &Part) -> ByRow<'_> {
-    let mut rows: ByRow<'_> = BTreeMap::new();
-    for (place, operation) in part {
-        rows.entry(&operation.row).or_default().push((*place, &operation.kind));
-    }
-    rows
+    let mut sorted: SmallVec<[_; 8]> =
+        part.iter().map(|(place, operation)| (&operation.row, *place, &operation.kind)).collect();
+    sorted.sort_by_key(|(row, _, _)| *row);
+    let of_one_row = sorted.chunk_by(|(one, _, _), (other, _, _)| one == other);
+    let uses = of_one_row.map(|group| {
+        let operations: Operations<'_> = group.iter().map(|(_, place, kind)| (*place, *kind)).collect();
+        Use { row: group[0].0, claim: claim(&operations), operations }
+    });
+    uses.collect()
 }
 
 /// What the operations on one row claim of it.
-pub fn claim(operations: &[(u32, &OperationKind)]) -> Claim {
+fn claim(operations: &[(u32, &OperationKind)]) -> Claim {
     let adds = operations.iter().filter(|(_, kind)| matches!(kind, OperationKind::Add { .. })).count();
     let requires = operations.iter().filter(|(_, kind)| matches!(kind, OperationKind::Require(_))).count();
     if adds == operations.len() {
-        let bounds = bounds(operations);
-        let delta = bounds.last().expect("a row of a part has operations").sum;
-        return Claim {
+        let nothing = Claim {
             mode: Mode::Add,
-            delta,
-            lowest: bounds.iter().map(|bound| bound.lowest).max().unwrap_or(i128::MIN),
-            highest: bounds.iter().map(|bound| bound.highest).min().unwrap_or(i128::MAX),
-            has_floor: bounds.iter().any(|bound| !bound.range_is_floor),
-            has_ceiling: bounds.iter().any(|bound| !bound.range_is_ceiling),
+            delta: 0,
+            lowest: i128::MIN,
+            highest: i128::MAX,
+            has_floor: false,
+            has_ceiling: false,
             writes: true,
         };
+        return bounds(operations).fold(nothing, |claim, bound| Claim {
+            delta: bound.sum,
+            lowest: claim.lowest.max(bound.lowest),
+            highest: claim.highest.min(bound.highest),
+            has_floor: claim.has_floor || !bound.range_is_floor,
+            has_ceiling: claim.has_ceiling || !bound.range_is_ceiling,
+            ..claim
+        });
     }
     let shared = requires == operations.len();
     let mode = if shared { Mode::Shared } else { Mode::Exclusive };
@@ -69,31 +92,30 @@ struct Bound {
     range_is_ceiling: bool,
 }
 
-fn bounds(operations: &[(u32, &OperationKind)]) -> Vec<Bound> {
+/// The bounds of deltas, in their order.
+fn bounds(operations: &[(u32, &OperationKind)]) -> impl Iterator<Item = Bound> {
     let mut sum: i128 = 0;
-    let mut bounds = Vec::with_capacity(operations.len());
-    for (place, kind) in operations {
-        let OperationKind::Add { delta, floor, ceiling } = kind else { continue };
+    operations.iter().filter_map(move |(place, kind)| {
+        let OperationKind::Add { delta, floor, ceiling } = kind else { return None };
         sum = sum.checked_add(*delta).expect("a checked batch's deltas on a row fit in 128 bits");
         let floor = floor.unwrap_or(if *delta < 0 { 0 } else { i128::MIN });
         let ceiling = ceiling.unwrap_or(i128::MAX);
         // base + sum >= floor and base + sum <= ceiling. Where a difference leaves the range of numbers, every base will do: that
         // none would is refused by `Batch::check`.
-        bounds.push(Bound {
+        Some(Bound {
             place: *place,
             sum,
             lowest: floor.saturating_sub(sum),
             highest: ceiling.saturating_sub(sum),
             range_is_floor: floor == i128::MIN,
             range_is_ceiling: ceiling == i128::MAX,
-        });
-    }
-    bounds
+        })
+    })
 }
 
 /// The rejection of deltas that don't fit on a balance of `settled`, at best `best`.
 pub fn too_low(operations: &[(u32, &OperationKind)], best: i128, settled: i128) -> Abort {
-    let bounds = bounds(operations);
+    let bounds: Vec<Bound> = bounds(operations).collect();
     let failed = bounds.iter().find(|bound| best < bound.lowest).unwrap_or(&bounds[0]);
     let reason = if failed.range_is_floor { AbortReason::Overflow } else { AbortReason::ShortOfFunds };
     Abort { reason, operation: Some(failed.place), met: Some(Met::Balance(settled)) }
@@ -101,7 +123,7 @@ pub fn too_low(operations: &[(u32, &OperationKind)], best: i128, settled: i128) 
 
 /// The rejection of deltas that would take a balance of `settled`, at least `least`, too high.
 pub fn too_high(operations: &[(u32, &OperationKind)], least: i128, settled: i128) -> Abort {
-    let bounds = bounds(operations);
+    let bounds: Vec<Bound> = bounds(operations).collect();
     let failed = bounds.iter().find(|bound| least > bound.highest).unwrap_or(&bounds[0]);
     let reason = if failed.range_is_ceiling { AbortReason::Overflow } else { AbortReason::AboveCeiling };
     Abort { reason, operation: Some(failed.place), met: Some(Met::Balance(settled)) }

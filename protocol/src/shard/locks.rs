@@ -177,8 +177,7 @@ impl RowLock {
         let greatest = incoming.and_then(|incoming| settled.checked_add(incoming));
         let own = self.least(settled) >= claim.lowest && self.best(settled) <= claim.highest;
         let others = least.is_some_and(|least| self.holders.low_mark().is_none_or(|mark| least >= mark))
-            && greatest
-                .is_some_and(|greatest| self.holders.high_mark().is_none_or(|mark| greatest <= mark));
+            && greatest.is_some_and(|greatest| self.holders.high_mark().is_none_or(|mark| greatest <= mark));
         if own && others {
             return Answer::Granted;
         }

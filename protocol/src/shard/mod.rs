@@ -25,7 +25,7 @@ use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 use serde::{Deserialize, Serialize};
 
 use self::{
-    evaluate::ByRow,
+    evaluate::{ByRow, Use},
     locks::{Answer, Claim, Mode, RowLock, Ticket},
 };
 use crate::{
@@ -185,7 +185,7 @@ pub struct ShardCounts {
 pub struct Shard {
     config: ShardConfig,
     peers: BTreeMap<GroupId, Peer>,
-    parts: BTreeMap<(GroupId, BatchId), Held>,
+    parts: BTreeMap<(GroupId, BatchId), Box<Held>>,
     /// The same parts by number: every part is in both.
     tickets: BTreeMap<Ticket, BatchId>,
     /// Rows that somebody holds or waits for.
@@ -501,7 +501,7 @@ impl Shard {
         let vote = held.vote();
         store.put(&part_key(coordinator, prepare.id), &encode(&held))?;
         self.tickets.insert(ticket, prepare.id);
-        self.parts.insert((coordinator, prepare.id), held);
+        self.parts.insert((coordinator, prepare.id), Box::new(held));
         Ok(vote)
     }
 
@@ -554,8 +554,7 @@ impl Shard {
         operations: &Part,
     ) -> Result<(), StoreError> {
         let history = self.history();
-        for (row, operations) in evaluate::by_row(operations) {
-            let claim = evaluate::claim(&operations);
+        for Use { row, operations, claim } in evaluate::by_row(operations) {
             if !claim.writes {
                 continue;
             }
@@ -586,13 +585,12 @@ impl Shard {
     fn judge(&self, store: &dyn Store, ticket: Ticket, rows: &ByRow<'_>) -> Result<Verdict, StoreError> {
         let mut verdict = Verdict::Yes;
         let free = RowLock::default();
-        for (row, operations) in rows {
-            let claim = evaluate::claim(operations);
+        for Use { row, operations, claim } in rows {
             let lock = self.locks.get(*row).unwrap_or(&free);
-            let one = match lock.admits(ticket, &claim) {
+            let one = match lock.admits(ticket, claim) {
                 Answer::Conflict => Verdict::Conflict,
                 Answer::Waits => Verdict::Waits,
-                Answer::Granted => judge_row(store, ticket, row, operations, &claim, lock)?,
+                Answer::Granted => judge_row(store, ticket, row, operations, claim, lock)?,
                 Answer::TooLow | Answer::TooHigh => unreachable!("being admitted isn't about amounts"),
             };
             verdict = verdict.and(one);
@@ -602,11 +600,10 @@ impl Shard {
 
     /// Enters a part into the lines of its rows, as a holder or as one who waits.
     fn stand_in_line(&mut self, ticket: Ticket, rows: &ByRow<'_>, stand: &Stand) {
-        for (row, operations) in rows {
-            let claim = evaluate::claim(operations);
+        for Use { row, claim, .. } in rows {
             match stand {
-                Stand::Yes => self.locks.entry((*row).clone()).or_default().hold(ticket, claim),
-                Stand::Waiting => self.locks.entry((*row).clone()).or_default().wait(ticket, claim),
+                Stand::Yes => self.locks.entry((*row).clone()).or_default().hold(ticket, *claim),
+                Stand::Waiting => self.locks.entry((*row).clone()).or_default().wait(ticket, *claim),
                 Stand::No(_) => {}
             }
         }
@@ -674,6 +671,7 @@ impl Shard {
             Verdict::No(abort) => Some(Stand::No(abort)),
             Verdict::Conflict => None,
         };
+        drop(rows);
         let mut held = self.parts.remove(&key).expect("who waits is held");
         self.leave_line(ticket, &held.operations, behind);
         let number = ticket.number;
@@ -754,7 +752,7 @@ impl Shard {
                     let ticket = Ticket { number: held.number, coordinator };
                     self.stand_in_line(ticket, &evaluate::by_row(&held.operations), &held.stand);
                     self.tickets.insert(ticket, id);
-                    self.parts.insert((coordinator, id), held);
+                    self.parts.insert((coordinator, id), Box::new(held));
                 }
             }
             failed.is_none()
