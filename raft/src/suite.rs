@@ -60,15 +60,10 @@ impl StoreBuilder<Types, LogStore, StateMachine<Nothing>, TempDir> for Builder {
         let (fatal, log) =
             (Fatal::new(), GroupLog::open(disk.clone(), group, TAIL_BYTES, Mark::default()).unwrap());
         let acknowledged = Acknowledged::open(&*storage, directory.path()).unwrap();
-<<<<<<< HEAD
         let (writer, _) =
             Writer::start(disk.clone(), acknowledged, Arc::default(), fatal.clone(), 64).unwrap();
-        let replica = Replica::open(disk, group, (), snapshots, StoreLimits::of(&Limits::default()), fatal).unwrap();
-=======
-        let (writer, _) = Writer::start(disk.clone(), acknowledged, fatal.clone(), 64).unwrap();
         let replica =
             Replica::open(disk, group, (), snapshots, StoreLimits::of(&Limits::default()), fatal).unwrap();
->>>>>>> 1d887f9 (protocol: uses of rows are judged and entered once; parts are boxed)
         Ok((directory, LogStore::new(log, writer), StateMachine(Arc::new(replica))))
     }
 }
