@@ -410,13 +410,13 @@ impl Coordinator {
         let finished = decision.shards.is_empty();
         self.state.next += 1;
         self.state.count += 1;
-        store.put(&order_key(position), &id.0)?;
+        store.put_new(&order_key(position), &id.0)?;
         if !finished {
             self.state.unfinished += 1;
-            store.put(&unfinished_key(position), &id.0)?;
+            store.put_new(&unfinished_key(position), &id.0)?;
         }
         let stored = Stored { decision, position, finished };
-        store.put(&decision_key(id), &encode(&stored))?;
+        store.put_new(&decision_key(id), &encode(&stored))?;
         self.recent.note(id);
         Ok(stored.decision)
     }

@@ -142,6 +142,11 @@ impl Store for HashedStore<'_> {
         self.inner.put(key, value)
     }
 
+    fn put_new(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        self.chain(&[&length(key), key, &length(value), value]);
+        self.inner.put_new(key, value)
+    }
+
     fn delete(&mut self, key: &[u8]) -> Result<(), StoreError> {
         self.chain(&[&length(key), key, &u64::MAX.to_be_bytes()]);
         self.inner.delete(key)

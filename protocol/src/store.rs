@@ -31,6 +31,11 @@ pub trait Store {
     /// Sets the value of `key`.
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError>;
 
+    /// Sets the value of a key that isn't there: the same as [`Store::put`], but if it is removed soon, nothing need be left of it.
+    fn put_new(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        self.put(key, value)
+    }
+
     /// Removes `key`; no error if there is none.
     fn delete(&mut self, key: &[u8]) -> Result<(), StoreError>;
 

@@ -48,6 +48,9 @@ const APPLIED: &[u8] = &[HOST, 0x01];
 /// What a map needs for an entry beyond a short key and value, roughly.
 const ENTRY_OVERHEAD_BYTES: usize = 128;
 
+/// What a key that came and went still takes.
+const ORDER_BYTES: usize = 64;
+
 /// How far a replica has applied, and who was a member then.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct AppliedState {
@@ -128,6 +131,8 @@ struct Change {
     value: Value,
     /// Whether it was read, and so is worth keeping in memory when it is written.
     used: Cell<bool>,
+    /// Whether the database is known not to hold the key.
+    fresh: bool,
 }
 
 /// The keys of the changes in order, as far as anybody wanted them in order.
@@ -142,6 +147,10 @@ impl Order {
         self.sorted.extend(self.unsorted.drain(..));
         &self.sorted
     }
+}
+
+fn bytes(value: &Value) -> usize {
+    value.as_ref().map_or(0, |value| value.len())
 }
 
 /// The state of one group, in one generation.
@@ -224,17 +233,25 @@ impl GroupStore {
     }
 
     fn change(&mut self, key: &[u8], value: Value) {
-        let bytes = |value: &Value| value.as_ref().map_or(0, |value| value.len());
         self.behind_bytes += bytes(&value);
         if let Some(change) = self.changes.get_mut(key) {
             self.behind_bytes -= bytes(&change.value);
             change.value = value;
             return;
         }
+        self.add(key, value, false);
+    }
+
+    fn add(&mut self, key: &[u8], value: Value, fresh: bool) {
         self.behind_bytes += ENTRY_OVERHEAD_BYTES + key.len();
         let key = Key::from_slice(key);
         self.order.get_mut().unsorted.push(key.clone());
-        self.changes.insert(key, Change { value, used: Cell::new(false) });
+        self.changes.insert(key, Change { value, used: Cell::new(false), fresh });
+    }
+
+    /// The value of a key that was changed; one that came and went is as good as removed.
+    fn changed(&self, key: &[u8]) -> Option<&[u8]> {
+        self.changes.get(key).and_then(|change| change.value.as_deref())
     }
 
     /// Lets go of the database; everything fails from then on.
@@ -295,8 +312,27 @@ impl Store for GroupStore {
         Ok(())
     }
 
+    fn put_new(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        let value = Some(SmallVec::from_slice(value));
+        if self.changes.contains_key(key) {
+            // Removed since the last flush: what the database holds is still to be removed.
+            self.change(key, value);
+        } else {
+            self.behind_bytes += bytes(&value);
+            self.add(key, value, true);
+        }
+        Ok(())
+    }
+
     fn delete(&mut self, key: &[u8]) -> Result<(), StoreError> {
-        self.change(key, None);
+        match self.changes.get(key) {
+            Some(change) if change.fresh => {
+                // Its key stays in the order until the next flush.
+                self.behind_bytes -= bytes(&change.value) + ENTRY_OVERHEAD_BYTES - ORDER_BYTES;
+                self.changes.remove(key);
+            }
+            _ => self.change(key, None),
+        }
         Ok(())
     }
 
@@ -317,7 +353,7 @@ impl Store for GroupStore {
         let mut changed = order.sorted().range::<[u8], _>(range).peekable();
         loop {
             let below = stored.item().map(|(key, value)| (&key[PREFIX_BYTES + 1..], value));
-            let above = changed.peek().map(|key| (key.as_slice(), self.changes[*key].value.as_deref()));
+            let above = changed.peek().map(|key| (key.as_slice(), self.changed(key)));
             let go_on = match (below, above) {
                 (None, None) => break,
                 (Some((key, value)), above) if above.is_none_or(|(changed, _)| key < changed) => {
@@ -356,7 +392,7 @@ impl Store for GroupStore {
             |key: &[u8], value: &[u8]| Ok(Some((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value))));
         loop {
             let below = stored.item().map(|(key, value)| (&key[PREFIX_BYTES + 1..], value));
-            let above = changed.peek().map(|key| (key.as_slice(), self.changes[*key].value.as_deref()));
+            let above = changed.peek().map(|key| (key.as_slice(), self.changed(key)));
             match (below, above) {
                 (None, None) => {
                     stored.status().map_err(store_error)?;
@@ -403,7 +439,7 @@ impl Cache {
 
     fn set(&mut self, key: Key, value: Value) {
         self.older.remove(&key);
-        self.newer_bytes += ENTRY_OVERHEAD_BYTES + key.len() + value.as_ref().map_or(0, |value| value.len());
+        self.newer_bytes += ENTRY_OVERHEAD_BYTES + key.len() + bytes(&value);
         self.newer.insert(key, value);
         if self.newer_bytes > self.half_bytes_max {
             std::mem::swap(&mut self.older, &mut self.newer);
@@ -415,5 +451,89 @@ impl Cache {
     fn remove(&mut self, key: &[u8]) {
         self.older.remove(key);
         self.newer.remove(key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use verdict_protocol::store::MemoryStore;
+
+    use super::*;
+    use crate::on_disk::OnDisk;
+
+    fn next(seed: &mut u64) -> u64 {
+        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *seed >> 33
+    }
+
+    fn all(store: &dyn Store, from: &[u8], to: &[u8], most: usize) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let mut found = Vec::new();
+        store
+            .scan(from, to, &mut |key, value| {
+                found.push((key.to_vec(), value.to_vec()));
+                found.len() < most
+            })
+            .unwrap();
+        found
+    }
+
+    /// Against a plain map: whatever is asked, and whenever it is written, dropped from memory or opened again.
+    #[test]
+    fn what_is_behind_shows_like_what_is_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = Disk::open(Arc::new(OnDisk), directory.path(), 1 << 20).unwrap();
+        // A tiny cache, so that much is read from the database.
+        let limits = StoreLimits { cache_bytes: 2_000, behind_bytes: 20_000, behind_entries: 300 };
+        let open = || GroupStore::new(disk.clone(), GroupId(3), 0, limits);
+        let (mut store, mut model) = (open(), MemoryStore::default());
+        // What is in the database, to go back to after a crash.
+        let mut written = model.clone();
+        let (mut seed, mut flushes, mut crashes) = (7, 0, 0);
+        let state = AppliedState::default();
+        for round in 0..60_000 {
+            // Some keys and values are longer than what is kept in place.
+            let number = next(&mut seed) % 400;
+            let key = format!("{}{number}", if number % 9 == 0 { "k".repeat(50) } else { "k".to_owned() });
+            let value = vec![round as u8; (next(&mut seed) % 80) as usize];
+            let (key, other) = (key.as_bytes(), format!("k{}", next(&mut seed) % 400));
+            match next(&mut seed) % 20 {
+                0..=5 => {
+                    store.put(key, &value).unwrap();
+                    model.put(key, &value).unwrap();
+                }
+                6..=8 if model.get(key).unwrap().is_none() => {
+                    store.put_new(key, &value).unwrap();
+                    model.put_new(key, &value).unwrap();
+                }
+                6..=11 => {
+                    store.delete(key).unwrap();
+                    model.delete(key).unwrap();
+                }
+                12..=16 => assert_eq!(store.get(key).unwrap(), model.get(key).unwrap(), "round {round}"),
+                17 => {
+                    let most = (next(&mut seed) % 30) as usize + 1;
+                    let (found, wanted) =
+                        (all(&store, key, other.as_bytes(), most), all(&model, key, other.as_bytes(), most));
+                    assert_eq!(found, wanted, "round {round}");
+                }
+                18 => {
+                    let (found, wanted) =
+                        (store.last(key, other.as_bytes()), model.last(key, other.as_bytes()));
+                    assert_eq!(found.unwrap(), wanted.unwrap(), "round {round}");
+                }
+                _ => {}
+            }
+            if store.applied(1) {
+                store.flush(&state).unwrap();
+                written = model.clone();
+                flushes += 1;
+            }
+            if next(&mut seed) % 5_000 == 0 {
+                (store, model) = (open(), written.clone());
+                crashes += 1;
+            }
+        }
+        assert!(flushes > 100 && crashes > 3, "{flushes} flushes, {crashes} crashes");
+        assert_eq!(all(&store, b"", b"z", usize::MAX), all(&model, b"", b"z", usize::MAX));
     }
 }

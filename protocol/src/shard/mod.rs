@@ -499,7 +499,7 @@ impl Shard {
         drop(rows);
         let held = Held { stand, ..held };
         let vote = held.vote();
-        store.put(&part_key(coordinator, prepare.id), &encode(&held))?;
+        store.put_new(&part_key(coordinator, prepare.id), &encode(&held))?;
         self.tickets.insert(ticket, prepare.id);
         self.parts.insert((coordinator, prepare.id), Box::new(held));
         Ok(vote)
@@ -715,7 +715,7 @@ impl Shard {
     ) -> Result<(), StoreError> {
         let peer = self.peers.entry(coordinator).or_default();
         if number > peer.mark && peer.finished.insert(number) {
-            store.put(&finished_key(coordinator, number), &[])?;
+            store.put_new(&finished_key(coordinator, number), &[])?;
         }
         Ok(())
     }
