@@ -112,7 +112,7 @@ impl Default for Limits {
             block_cache_bytes: 64 << 20,
             state_cache_bytes: 64 << 20,
             state_behind_bytes: 4 << 20,
-            state_behind_entries: 256,
+            state_behind_entries: 64,
         }
     }
 }
