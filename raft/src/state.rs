@@ -493,7 +493,8 @@ mod tests {
         for round in 0..60_000 {
             // Some keys and values are longer than what is kept in place.
             let number = next(&mut seed) % 400;
-            let key = format!("{}{number}", if number % 9 == 0 { "k".repeat(50) } else { "k".to_owned() });
+            let key =
+                format!("{}{number}", if number.is_multiple_of(9) { "k".repeat(50) } else { "k".to_owned() });
             let value = vec![round as u8; (next(&mut seed) % 80) as usize];
             let (key, other) = (key.as_bytes(), format!("k{}", next(&mut seed) % 400));
             match next(&mut seed) % 20 {
@@ -528,7 +529,7 @@ mod tests {
                 written = model.clone();
                 flushes += 1;
             }
-            if next(&mut seed) % 5_000 == 0 {
+            if next(&mut seed).is_multiple_of(5_000) {
                 (store, model) = (open(), written.clone());
                 crashes += 1;
             }
