@@ -17,7 +17,6 @@ use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
 };
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{service::Routes, transport::server::Connected};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use verdict_coordinator::{CoordinatorConfig, CoordinatorNode};
@@ -29,7 +28,7 @@ use verdict_raft::{Host, HostConfig, Limits, OnDisk, storage::Storage};
 use crate::{
     config::Config,
     local::Local,
-    serve::{server, set_health, standard_services},
+    serve::{incoming, server, set_health, standard_services},
 };
 
 /// How long open streams may take to end when the node stops.
@@ -248,7 +247,7 @@ pub async fn run(args: NodeArgs) -> Result<ExitCode> {
         Some(address) => Arc::new(TcpFrom(address)),
         None => Arc::new(Tcp),
     };
-    let node = Node::start(&config, connect, TcpListenerStream::new(listener)).await?;
+    let node = Node::start(&config, connect, incoming(listener)).await?;
     crate::out!("verdict node {} of cluster {:?} is ready on {}", config.node, config.cluster, config.listen);
     node.run_until(interrupted).await?;
     crate::out!("verdict node {} has stopped", config.node);
