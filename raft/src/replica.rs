@@ -136,7 +136,12 @@ impl<M: Machine> Replica<M> {
             let mut core = self.lock();
             let count = entries.len();
             for (entry, responder) in entries {
-                let reply = core.apply_one(entry, responder.is_some())?;
+                let reply = core.apply_one(entry, responder.is_some());
+                if reply.is_err() {
+                    // The state is that of half an entry: nothing may write it, whoever comes before the node has stopped.
+                    core.store.close();
+                }
+                let reply = reply?;
                 if let Some(responder) = responder {
                     replies.push((responder, reply));
                 }
