@@ -80,6 +80,8 @@ pub struct Case {
     pub batches: &'static [(char, &'static str)],
     /// The rows of the read.
     pub read: &'static str,
+    /// How many parts a shard may hold.
+    pub room: u32,
     /// How many faults.
     pub bounds: Bounds,
     /// Whether a leader that is deposed lives on, unaware. If not, it dies when the next one is elected.
@@ -105,6 +107,7 @@ impl Case {
         before: "",
         batches: &[],
         read: "",
+        room: 1000,
         bounds: Bounds {
             elections: 0,
             repeats: 0,

@@ -74,6 +74,17 @@ fn small() -> Vec<Case> {
             ..Case::PLAIN
         },
         Case {
+            name: "room",
+            about: "two batches on shards that hold one part each; a change of leaders",
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 1; add b@2 1"), ('B', "add c@2 1")],
+            room: 1,
+            bounds: Bounds { elections: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            ..Case::PLAIN
+        },
+        Case {
             name: "debits",
             about: "two trades, one balance that bears one of them; no fault",
             before: "add a@1 10",
@@ -184,6 +195,17 @@ fn small() -> Vec<Case> {
 fn full() -> Vec<Case> {
     let full = Case { small: false, deposed: false, prompt: true, ..Case::PLAIN };
     vec![
+        Case {
+            name: "full-room",
+            about: "two batches on shards that hold one part each; a message comes twice, a leader is deposed",
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 1; add b@2 1"), ('B', "add c@2 1")],
+            small: false,
+            room: 1,
+            bounds: Bounds { elections: 1, repeats: 1, ..NONE },
+            prompt: true,
+            ..Case::PLAIN
+        },
         Case {
             name: "full-skew",
             about: "each of two batches has a condition on what the other one changes; up to three new tries",

@@ -63,9 +63,12 @@ impl<'a> Cluster<'a> {
             cluster.rest();
             cluster.submit(batch);
         }
-        // What is finished is recorded with the next tick. A clock that stands still is enough for that.
-        cluster.rest();
-        cluster.tick(0);
+        // Outcomes go with the next tick, and what is finished is recorded with the one after. A clock that stands still is enough
+        // for that.
+        for _ in 0..2 {
+            cluster.rest();
+            cluster.tick(0);
+        }
         cluster.rest();
         match cluster.alarms.first() {
             Some(alarm) => Err(format!("before anything happens: {alarm}")),
@@ -176,7 +179,7 @@ impl<'a> Cluster<'a> {
     fn deliver(&mut self, packet: Packet) {
         match packet {
             Packet::ToShard(shard, message) => {
-                let reply = apply_to_shard(&mut self.shards[shard.0 as usize - 1], &message);
+                let reply = apply_to_shard(&mut self.shards[shard.0 as usize - 1], self.case.room, &message);
                 self.alarms.extend(reply.alarms);
                 let answers = reply.messages.into_iter().map(|(_, answer)| Packet::FromShard(shard, answer));
                 self.packets.extend(answers);

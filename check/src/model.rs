@@ -104,6 +104,8 @@ pub enum Action {
     Confirm,
     /// A leader's clock moves.
     Tick { seat: u8 },
+    /// It ticks without moving: outcomes wait for no prepare any longer.
+    Beat { seat: u8 },
     /// A new leader opens its epoch.
     Elect,
     /// A shard is led elsewhere, and the newest leader learns it.
@@ -130,6 +132,7 @@ impl Action {
             Action::Elect => word(8, 0, 0, 0),
             Action::Move { shard } => word(9, shard, 0, 0),
             Action::Ask { shard } => word(10, shard, 0, 0),
+            Action::Beat { seat } => word(11, seat, 0, 0),
         }
     }
 
@@ -148,6 +151,7 @@ impl Action {
             8 => Action::Elect,
             9 => Action::Move { shard: a },
             10 => Action::Ask { shard: a },
+            11 => Action::Beat { seat: a },
             kind => unreachable!("there is no action {kind}"),
         }
     }
@@ -228,6 +232,9 @@ impl Model {
             if state.left(Bound::Ticks) > 0 {
                 actions.push(Action::Tick { seat });
             }
+            if values.leader.is_some_and(|leader| self.parts.leaders.get(leader).has_untold()) {
+                actions.push(Action::Beat { seat });
+            }
             for packet in &state.packets {
                 if let Packet::FromShard(..) | Packet::Answer(..) = self.parts.packets.get(*packet) {
                     deliver(&mut actions, seat, *packet, repeats);
@@ -306,6 +313,10 @@ impl Model {
                 values.ticks += 1;
                 let ticks = values.ticks;
                 next.seats[place] = self.parts.seats.number(values);
+                self.lead(&mut next, seat, Input::Tick(ticks))?
+            }
+            Action::Beat { seat } => {
+                let ticks = self.parts.seats.get(next.seats[usize::from(seat)]).ticks;
                 self.lead(&mut next, seat, Input::Tick(ticks))?
             }
             Action::Elect => self.elect(&mut next)?,

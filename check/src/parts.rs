@@ -275,7 +275,7 @@ impl Parts {
             };
             let before = self.shards.get(shard);
             let mut after = before.clone();
-            let reply = guarded(|| apply_to_shard(&mut after, message));
+            let reply = guarded(|| apply_to_shard(&mut after, self.case.room, message));
             let (messages, alarms) = match reply {
                 Ok(reply) => (reply.messages, reply.alarms),
                 Err(wrong) => return Arc::new(ShardStep { wrong: Some(wrong), ..ShardStep::default() }),
@@ -420,10 +420,17 @@ pub fn shard_config(case: &Case, shard: ShardId) -> ShardConfig {
     ShardConfig { shard, placement: case.placement() }
 }
 
-/// Applies one message as an entry of a shard's log. The index is not looked at by the machine.
-pub fn apply_to_shard(shard: &mut Replica<Shard>, message: &ToShard) -> verdict_protocol::shard::ShardReply {
-    let entry = ShardEntry { now: START, parts_max: 1000, messages: vec![message.clone()] };
-    let applied = shard.machine.apply(&mut shard.store, 1, &encode(&entry));
+/// An index with which old versions are swept away. The machine looks at indexes for nothing else.
+const INDEX: u64 = 1 << 16;
+
+/// Applies one message as an entry of a shard's log.
+pub fn apply_to_shard(
+    shard: &mut Replica<Shard>,
+    parts_max: u32,
+    message: &ToShard,
+) -> verdict_protocol::shard::ShardReply {
+    let entry = ShardEntry { now: START, parts_max, messages: vec![message.clone()] };
+    let applied = shard.machine.apply(&mut shard.store, INDEX, &encode(&entry));
     applied.expect("memory doesn't fail")
 }
 

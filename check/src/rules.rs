@@ -305,13 +305,14 @@ pub fn bears_lies(shard: &Replica<Shard>, placement: Placement) -> Checked {
     let is_held = held(shard);
     apply_to_shard(
         &mut marked,
+        u32::MAX,
         &ToShard { mark: Number { sequence: never.sequence - 1, ..never }, ..lie.clone() },
     );
     demand(held(&marked) == is_held, || "R3: a mark takes away what is held".to_owned())?;
     let id = is_held.first().map_or(BatchId([7; 16]), |part| part.id);
     let outcome = PartOutcome { id, number: never, commit: Some(Stamp(u64::MAX - 1)), gives_up: Vec::new() };
     let mut told = shard.clone();
-    let reply = apply_to_shard(&mut told, &ToShard { outcomes: vec![outcome], ..lie });
+    let reply = apply_to_shard(&mut told, u32::MAX, &ToShard { outcomes: vec![outcome], ..lie });
     let lost = reply.messages.iter().flat_map(|(_, answer)| &answer.done).all(|done| done.lost);
     demand(lost && held(&told) == is_held, || {
         format!("R2: a commit under {never}, which was never voted on, is said to be done")

@@ -58,6 +58,7 @@ fn step(model: &Model, state: &State, action: Action) -> String {
         Action::Hear { seat } => format!("apply{} (heard)", whose(seat)),
         Action::Confirm => "confirm".to_owned(),
         Action::Tick { seat } => format!("tick{} {}", whose(seat), crate::case::TICK_MS),
+        Action::Beat { seat } => format!("tick{} 0", whose(seat)),
         Action::Elect if parts.case.deposed => "elect".to_owned(),
         Action::Elect => "crash 0\n> elect".to_owned(),
         Action::Move { shard } => format!("reconnect {}", shard + 1),

@@ -12,7 +12,10 @@ use std::{
 };
 
 use prost::Message as _;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::Instant,
+};
 use tonic::{
     Code, Request as TonicRequest, Response, Status,
     metadata::{MetadataMap, MetadataValue},
@@ -32,6 +35,7 @@ use verdict_protocol::{
 use verdict_raft::{Group, ReadError};
 
 use crate::{
+    admission::{Admission, PATIENCE},
     caller::Caller,
     driver::{Answer, NotServed, Question, Request},
     failure::{CallFailure, is_answer, says_not_leader},
@@ -72,6 +76,9 @@ pub(crate) struct Gateway {
     pub(crate) config: GatewayConfig,
     pub(crate) leaders: Arc<Leaders>,
     pub(crate) submissions: mpsc::Sender<Submission>,
+    pub(crate) admission: Arc<Admission>,
+    /// Calls that wait at the door.
+    pub(crate) at_door: Arc<Semaphore>,
     /// The local replica and its driver.
     pub(crate) local: Option<Local>,
     /// When a batch near a limit was last warned of.
@@ -108,9 +115,9 @@ impl Origin {
     }
 
     /// When to answer at the latest, if the question itself may take so long.
-    fn deadline(&self, most: Duration) -> Instant {
+    fn deadline(&self, came: Instant, most: Duration) -> Instant {
         let own = self.timeout.map(|timeout| timeout - MARGIN.min(timeout / 10));
-        Instant::now() + own.map_or(most, |own| own.min(most))
+        came + own.map_or(most, |own| own.min(most))
     }
 }
 
@@ -195,16 +202,11 @@ impl Gateway {
     pub(crate) fn submission(
         &self,
         checked: Checked,
-        origin: Origin,
+        deadline: Instant,
         caller: Caller<Result<v1::Outcome, CallFailure>>,
     ) -> Submission {
         let Checked { batch, hash, bytes } = checked;
-        let own = match batch.timeout_ms {
-            0 => self.config.timeout_default,
-            wanted => Duration::from_millis(u64::from(wanted)).min(self.config.timeout_max),
-        };
-        let deadline = origin.deadline(own + self.config.grace);
-        Submission { batch, hash, bytes, deadline, caller }
+        Submission { batch, hash, bytes, deadline, caller, entrance: self.admission.enter() }
     }
 
     /// Settles one batch.
@@ -213,15 +215,56 @@ impl Gateway {
         batch: Option<v1::Batch>,
         origin: Origin,
     ) -> Result<v1::Outcome, Status> {
-        let checked = self.check(batch).map_err(CallFailure::status)?;
         if origin.forwarded {
+            let checked = self.check(batch).map_err(CallFailure::status)?;
             return self.submit_here(checked).await;
         }
+        let timeout_ms = batch.as_ref().map_or(0, |batch| batch.timeout_ms);
+        let deadline = self.deadline(timeout_ms, origin, Instant::now());
+        self.wait_for_room(batch.as_ref(), deadline).await.map_err(CallFailure::status)?;
+        let checked = self.check(batch).map_err(CallFailure::status)?;
         let (caller, answer) = Caller::once();
-        let submission = self.submission(checked, origin, caller);
+        let submission = self.submission(checked, deadline, caller);
         self.submissions.send(submission).await.map_err(|_| self.stopping().status())?;
         let answer = answer.await.unwrap_or_else(|_| Err(self.stopping()));
         answer.map_err(CallFailure::status)
+    }
+
+    /// Waits at the door: for a while if others are settled meanwhile, else until the deadline.
+    async fn wait_for_room(&self, batch: Option<&v1::Batch>, deadline: Instant) -> Result<(), CallFailure> {
+        if self.admission.has_room_for_call() {
+            return Ok(());
+        }
+        let _place = self.place_at_door(batch).ok_or_else(busy)?;
+        while tokio::time::timeout(PATIENCE, self.admission.room_for_call()).await.is_err() {
+            if self.admission.settles() {
+                return Err(busy());
+            }
+            if Instant::now() >= deadline {
+                return Err(self.nobody_settles());
+            }
+        }
+        Ok(())
+    }
+
+    /// A place to wait at the door, as large as the batch; none if too much waits already.
+    pub(crate) fn place_at_door(&self, batch: Option<&v1::Batch>) -> Option<OwnedSemaphorePermit> {
+        let kib = 1 + batch.map_or(0, |batch| batch.encoded_len()) / 1024;
+        self.at_door.clone().try_acquire_many_owned(u32::try_from(kib).ok()?).ok()
+    }
+
+    /// A batch waited at the door until its time was up.
+    pub(crate) fn nobody_settles(&self) -> CallFailure {
+        CallFailure::unavailable("no leader took a batch in time", self.leaders.hint(None))
+    }
+
+    /// When a batch that came at this time must be answered.
+    pub(crate) fn deadline(&self, timeout_ms: u32, origin: Origin, came: Instant) -> Instant {
+        let own = match timeout_ms {
+            0 => self.config.timeout_default,
+            wanted => Duration::from_millis(u64::from(wanted)).min(self.config.timeout_max),
+        };
+        origin.deadline(came, own + self.config.grace)
     }
 
     /// Settles one batch that another node forwarded.
@@ -253,7 +296,7 @@ impl Gateway {
             return Ok(outcome_to_wire(&decision));
         }
         let wait = Duration::from_millis(u64::from(request.wait_ms)).min(WAIT_MAX);
-        let deadline = origin.deadline(QUESTION_TIMEOUT + wait);
+        let deadline = origin.deadline(Instant::now(), QUESTION_TIMEOUT + wait);
         let asked = Instant::now();
         let left = || {
             let until = (asked + wait).min(deadline);
@@ -312,7 +355,7 @@ impl Gateway {
         origin: Origin,
     ) -> Result<v1::ReadResponse, Status> {
         let rows = rows_of(&request).map_err(CallFailure::status)?;
-        let deadline = origin.deadline(QUESTION_TIMEOUT);
+        let deadline = origin.deadline(Instant::now(), QUESTION_TIMEOUT);
         let local = || self.read_here(&rows);
         let remote = |mut client: SettlementClient<_>| {
             let request = forwarded(request.clone(), deadline.saturating_duration_since(Instant::now()));
@@ -342,7 +385,7 @@ impl Gateway {
         origin: Origin,
     ) -> Result<v1::HistoryResponse, Status> {
         let (row, limit) = history_of(&request).map_err(CallFailure::status)?;
-        let deadline = origin.deadline(QUESTION_TIMEOUT);
+        let deadline = origin.deadline(Instant::now(), QUESTION_TIMEOUT);
         let local = || self.history_here(&row, Stamp(request.from), limit);
         let remote = |mut client: SettlementClient<_>| {
             let request = forwarded(request.clone(), deadline.saturating_duration_since(Instant::now()));
@@ -512,6 +555,11 @@ fn tried(status: &Status) -> Tried {
         // A broken connection, a node that ends.
         _ => Tried::Elsewhere(None),
     }
+}
+
+/// Why a batch is not let in.
+pub(crate) fn busy() -> CallFailure {
+    CallFailure::overloaded("this node is busy with as many batches as it can settle in good time")
 }
 
 fn unexpected() -> Status {

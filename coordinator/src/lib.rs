@@ -17,6 +17,7 @@
 //! shards only through the wire contract, those of its own node included.
 
 mod admin;
+mod admission;
 mod caller;
 mod clock;
 mod directory;

@@ -25,6 +25,7 @@ use verdict_raft::{Group, Host, HostError};
 
 use crate::{
     admin::{AdminService, LocalStatus},
+    admission::Admission,
     directory::{Directory, Replicas, View},
     driver::{Driver, DriverConfig},
     gateway::{Gateway, GatewayConfig, Local, Origin},
@@ -201,6 +202,8 @@ impl CoordinatorNode {
             config: gateway_config(&config),
             leaders,
             submissions,
+            admission: Admission::new(config.submissions_max),
+            at_door: Arc::new(tokio::sync::Semaphore::new(1 + config.submission_bytes_max / 1024)),
             local: local_group,
             warned: Default::default(),
         };

@@ -1,9 +1,16 @@
 //! The `Settlement` service: what trading services call.
 
-use std::{collections::HashMap, pin::Pin, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    pin::Pin,
+    sync::Arc,
+};
 
 use futures::Stream;
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc},
+    time::{Instant, sleep},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 use verdict_proto::{
@@ -13,10 +20,11 @@ use verdict_proto::{
 use verdict_protocol::{ids::BatchId, leader::Reply};
 
 use crate::{
+    admission::PATIENCE,
     caller::Caller,
     driver::{Answer, NotServed, Question, Request as DriverRequest},
     failure::CallFailure,
-    gateway::{Gateway, Local, Origin},
+    gateway::{Gateway, Local, Origin, busy},
     submitter::{NOT_LEADER_CODE, Submitted, refusal_of, unknown},
 };
 
@@ -93,11 +101,15 @@ trait Target: Send + 'static {
     /// How they are answered there.
     type Answer: Send + 'static;
 
+    /// Whether they have to be let in here: where they come from another node, they were let in there.
+    const AT_DOOR: bool;
+
     /// Hands one over. Where nobody takes it any more, it is answered at once.
     fn submit(
         &self,
         gateway: &Gateway,
         checked: crate::gateway::Checked,
+        came: Instant,
         caller: Caller<Self::Answer>,
     ) -> impl Future<Output = ()> + Send;
 
@@ -113,10 +125,19 @@ struct Direct {
 impl Target for Direct {
     type Answer = Submitted;
 
-    async fn submit(&self, gateway: &Gateway, checked: crate::gateway::Checked, caller: Caller<Submitted>) {
+    const AT_DOOR: bool = true;
+
+    async fn submit(
+        &self,
+        gateway: &Gateway,
+        checked: crate::gateway::Checked,
+        came: Instant,
+        caller: Caller<Submitted>,
+    ) {
         // The time limit of the whole stream is none of a single batch.
         let origin = Origin { timeout: None, ..self.origin };
-        let submission = gateway.submission(checked, origin, caller);
+        let deadline = gateway.deadline(checked.batch.timeout_ms, origin, came);
+        let submission = gateway.submission(checked, deadline, caller);
         if let Err(mpsc::error::SendError(submission)) = gateway.submissions.send(submission).await {
             submission.caller.answer(Err(gateway.stopping()));
         }
@@ -139,7 +160,15 @@ struct Forwarded {
 impl Target for Forwarded {
     type Answer = Answer;
 
-    async fn submit(&self, _: &Gateway, checked: crate::gateway::Checked, caller: Caller<Answer>) {
+    const AT_DOOR: bool = false;
+
+    async fn submit(
+        &self,
+        _: &Gateway,
+        checked: crate::gateway::Checked,
+        _: Instant,
+        caller: Caller<Answer>,
+    ) {
         let question = Question::Submit { batch: checked.batch, hash: checked.hash };
         let request = DriverRequest { question, caller };
         if let Err(mpsc::error::SendError(request)) = self.local.driver.send(request).await {
@@ -178,7 +207,24 @@ struct SubmitStream {
     responses: Responses,
     /// Ids in flight, as they were sent.
     in_flight: HashMap<u64, BatchId>,
+    /// Not let in yet, in order.
+    at_door: VecDeque<Waiting>,
     last_tag: u64,
+}
+
+impl Waiting {
+    fn deadline(&self, gateway: &Gateway) -> Instant {
+        let timeout_ms = self.message.batch.as_ref().map_or(0, |batch| batch.timeout_ms);
+        gateway.deadline(timeout_ms, Origin::EMBEDDED, self.came)
+    }
+}
+
+/// A batch that waits at the door.
+struct Waiting {
+    came: Instant,
+    message: v1::SubmitStreamRequest,
+    /// None: too many wait already.
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl SubmitStream {
@@ -188,7 +234,8 @@ impl SubmitStream {
         incoming: Streaming<v1::SubmitStreamRequest>,
         responses: Responses,
     ) -> SubmitStream {
-        SubmitStream { gateway, window, incoming, responses, in_flight: HashMap::new(), last_tag: 0 }
+        let (in_flight, at_door) = (HashMap::new(), VecDeque::new());
+        SubmitStream { gateway, window, incoming, responses, in_flight, at_door, last_tag: 0 }
     }
 
     /// Until the client has sent all and has all answers, or is gone. What was handed over goes on without it.
@@ -199,9 +246,16 @@ impl SubmitStream {
         let mut ending = false;
         let mut broken = None;
         loop {
-            if self.in_flight.is_empty() && (!reading || ending) {
+            if !self.let_in(&target, &sender).await {
+                return;
+            }
+            if self.in_flight.is_empty() && self.at_door.is_empty() && (!reading || ending) {
                 break;
             }
+            let wants_more = reading
+                && !ending
+                && self.in_flight.len() + self.at_door.len() < self.window
+                && self.at_door.back().is_none_or(|last| last.place.is_some());
             tokio::select! {
                 () = self.responses.closed() => return,
                 _ = answers.recv_many(&mut round, ANSWERS_PER_ROUND), if !self.in_flight.is_empty() => {
@@ -214,10 +268,16 @@ impl SubmitStream {
                         }
                     }
                 }
-                message = self.incoming.message(), if reading && !ending && self.in_flight.len() < self.window => {
+                () = self.gateway.admission.room(), if !self.at_door.is_empty() => {}
+                () = sleep(PATIENCE / 4), if !self.at_door.is_empty() => {}
+                message = self.incoming.message(), if wants_more => {
                     match message {
                         Ok(Some(message)) => {
-                            if !self.take(message, &target, &sender).await {
+                            let came = Instant::now();
+                            if T::AT_DOOR && !(self.at_door.is_empty() && self.gateway.admission.has_room()) {
+                                let place = self.gateway.place_at_door(message.batch.as_ref());
+                                self.at_door.push_back(Waiting { came, message, place });
+                            } else if !self.take(message, came, &target, &sender).await {
                                 return;
                             }
                         }
@@ -240,10 +300,42 @@ impl SubmitStream {
         }
     }
 
+    /// Lets in those that wait at the door, as far as there is room, and refuses those that have waited for long. False: the stream
+    /// is over.
+    async fn let_in<T: Target>(&mut self, target: &T, sender: &mpsc::Sender<(u64, T::Answer)>) -> bool {
+        while let Some(first) = self.at_door.front() {
+            let admission = &self.gateway.admission;
+            let refused = match &first.place {
+                None => Some(busy().call_error()),
+                Some(_) if admission.has_room() => None,
+                Some(_) if first.came.elapsed() > PATIENCE && admission.settles() => {
+                    Some(busy().call_error())
+                }
+                Some(_) if first.deadline(&self.gateway) <= Instant::now() => {
+                    Some(self.gateway.nobody_settles().call_error())
+                }
+                Some(_) => break,
+            };
+            let Some(Waiting { message, came, .. }) = self.at_door.pop_front() else { break };
+            let goes_on = match refused {
+                None => self.take(message, came, target, sender).await,
+                Some(error) => {
+                    let id = message.batch.map(|batch| batch.id).unwrap_or_default();
+                    self.respond(id, submit_stream_response::Result::Error(error)).await
+                }
+            };
+            if !goes_on {
+                return false;
+            }
+        }
+        true
+    }
+
     /// Takes one batch. False: the stream is over.
     async fn take<T: Target>(
         &mut self,
         message: v1::SubmitStreamRequest,
+        came: Instant,
         target: &T,
         sender: &mpsc::Sender<(u64, T::Answer)>,
     ) -> bool {
@@ -258,7 +350,7 @@ impl SubmitStream {
                 let tag = self.last_tag;
                 self.in_flight.insert(tag, checked.batch.id);
                 let caller = Caller::Many { tag, sender: sender.clone() };
-                target.submit(&self.gateway, checked, caller).await;
+                target.submit(&self.gateway, checked, came, caller).await;
                 true
             }
         }

@@ -35,6 +35,7 @@ use verdict_protocol::{
 };
 
 use crate::{
+    admission::Entrance,
     caller::Caller,
     driver::{Answer, NotServed, Question, Request},
     failure::{CallFailure, says_not_leader},
@@ -72,6 +73,7 @@ pub(crate) struct Submission {
     /// When the caller wants to know at the latest.
     pub(crate) deadline: Instant,
     pub(crate) caller: Caller<Submitted>,
+    pub(crate) entrance: Entrance,
 }
 
 /// Bounds of what waits.
@@ -153,6 +155,7 @@ struct Pending {
     caller: Option<Caller<Submitted>>,
     under_way: Option<Via>,
     maybe_proposed: bool,
+    entrance: Entrance,
 }
 
 /// Where a try went.
@@ -164,7 +167,7 @@ enum Via {
 
 impl Table {
     fn add(&mut self, submission: Submission) {
-        let Submission { batch, hash, bytes, deadline, caller } = submission;
+        let Submission { batch, hash, bytes, deadline, caller, entrance } = submission;
         self.last_tag += 1;
         let tag = self.last_tag;
         let queue = self.by_id.entry(batch.id).or_default();
@@ -182,6 +185,7 @@ impl Table {
             caller: Some(caller),
             under_way: None,
             maybe_proposed: false,
+            entrance,
         };
         self.pending.insert(tag, pending);
     }
@@ -221,7 +225,14 @@ impl Table {
     }
 
     fn answer(&mut self, tag: u64, answer: Submitted) {
-        if let Some(caller) = self.remove(tag).and_then(|pending| pending.caller) {
+        let Some(Pending { caller, entrance, .. }) = self.remove(tag) else { return };
+        let is_decided = answer
+            .as_ref()
+            .is_ok_and(|outcome| !matches!(outcome.result, None | Some(v1::outcome::Result::Undecided(_))));
+        if is_decided {
+            entrance.decided();
+        }
+        if let Some(caller) = caller {
             caller.answer(answer);
         }
     }
@@ -618,7 +629,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::directory::{Directory, View};
+    use crate::{
+        admission::Admission,
+        directory::{Directory, View},
+    };
 
     fn submission(id: u64, deadline: Instant) -> (Submission, tokio::sync::oneshot::Receiver<Submitted>) {
         let row = RowKey::new("p", "r").unwrap();
@@ -627,7 +641,7 @@ mod tests {
         let batch = Batch { id, timeout_ms: 0, operations: vec![operation], zero_sum: false };
         let (caller, answer) = Caller::once();
         let hash = batch.hash();
-        (Submission { batch, hash, bytes: 10, deadline, caller }, answer)
+        (Submission { batch, hash, bytes: 10, deadline, caller, entrance: Admission::new(1).enter() }, answer)
     }
 
     fn leaders() -> Leaders {

@@ -183,6 +183,17 @@ async fn start(
     script: &Script,
     change: impl FnOnce(&mut CoordinatorConfig),
 ) -> Running {
+    start_among(&[1], network, directory, node, script, change).await
+}
+
+async fn start_among(
+    voters: &[u64],
+    network: &InProcess,
+    directory: &Path,
+    node: u64,
+    script: &Script,
+    change: impl FnOnce(&mut CoordinatorConfig),
+) -> Running {
     if std::env::var_os("RUST_LOG").is_some() {
         let _ = tracing_subscriber::fmt()
             .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
@@ -207,7 +218,7 @@ async fn start(
     let nodes = [(NodeId(1), address(1)), (NodeId(2), address(2))].into();
     let mut config = CoordinatorConfig::new(NodeId(node), nodes, PLACEMENT);
     change(&mut config);
-    let voters = [(NodeId(1), address(1))].into();
+    let voters = voters.iter().map(|voter| (NodeId(*voter), address(*voter))).collect();
     let coordinator =
         CoordinatorNode::start(config, &host, &voters, connect, Arc::new(NoShards)).await.unwrap();
     let (stop, stopped) = oneshot::channel();
@@ -436,6 +447,30 @@ async fn a_question_about_an_id_is_answered_by_the_leader_and_can_make_an_end() 
         assert!(node.history(history).await.unwrap().entries.is_empty());
     }
     cluster.stop().await;
+}
+
+/// Another one may lead by now, and have recorded what this one doesn't know of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_hears_nobody_says_nothing_of_an_id() {
+    let (network, directory) = (InProcess::default(), tempfile::tempdir().unwrap());
+    let shards = [Script::new(1, 2), Script::new(2, 1)];
+    let mut nodes = Vec::new();
+    for (node, script) in [1, 2].into_iter().zip(&shards) {
+        nodes.push(start_among(&[1, 2], &network, directory.path(), node, script, |_| {}).await);
+    }
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    while undecided(nodes[0].node.get_batch(question(id(1))).await.unwrap()) != v1::UndecidedState::NotSeen {
+        assert!(tokio::time::Instant::now() < deadline, "never recovered");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let leader = nodes.iter().position(|node| node.node.leads()).expect("one of them has just answered");
+    nodes.remove(1 - leader).stop().await;
+    let kept = &nodes[0].node;
+    let asked = tokio::time::timeout(Duration::from_secs(1), kept.get_batch(question(id(2)))).await;
+    if let Ok(Ok(outcome)) = asked {
+        panic!("nobody has confirmed that it leads, and it says {outcome:?}");
+    }
+    nodes.remove(0).stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -18,8 +18,10 @@ use tonic_health::{
 
 use crate::node::Node;
 
-/// HTTP/2 flow control windows, as large as on the calling side.
-const WINDOW_BYTES: u32 = 16 << 20;
+/// HTTP/2 flow control windows: of a connection as large as on the calling side; of a stream about a thousand batches, for what is in
+/// a window has left its client and waits unseen.
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 /// How often an idle connection is asked for a sign of life, and how long it may take to give one.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,8 +31,8 @@ const STOP_PATIENCE: Duration = Duration::from_secs(1);
 /// A server of these services.
 pub fn server(routes: Routes) -> Router {
     Server::builder()
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_routes(routes)

@@ -98,6 +98,18 @@ async fn single(shards: u32) -> (InProcess, TempDir, Node) {
     (network, directory, node)
 }
 
+/// Three nodes with a replica each of one shard, and which of them leads.
+async fn three() -> (InProcess, TempDir, BTreeMap<u64, Node>, u64) {
+    let (network, directory) = (InProcess::default(), tempfile::tempdir().unwrap());
+    let mut nodes = BTreeMap::new();
+    for node in 1..=3 {
+        nodes.insert(node, Node::start(&network, directory.path(), node, 3, 1).await);
+    }
+    until(|| nodes.values().any(Node::leads)).await;
+    let leader = *nodes.iter().find(|(_, node)| node.leads()).unwrap().0;
+    (network, directory, nodes, leader)
+}
+
 async fn until(happened: impl Fn() -> bool) {
     let begun = Instant::now();
     while !happened() {
@@ -339,15 +351,33 @@ async fn who_does_not_lead_says_so() {
     node.stop().await;
 }
 
+/// Another one may lead by now, whatever this one believes: its followers were there a moment ago.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_hears_nobody_answers_no_read() {
+    let (network, _directory, mut nodes, leader) = three().await;
+    let mut stream = Stream::open(&network, leader).await;
+    stream.greet(5).await;
+    assert_eq!(stream.prepare(add(1, 100)).await, VoteKind::Yes);
+    stream.say(outcome(1, 7)).await;
+    assert_eq!(stream.hear().await.done, [done(1)]);
+    assert_eq!(stream.read(1, read(7, false, &[])).await, balance(7, 100));
+    let kept = nodes.remove(&leader).unwrap();
+    futures::future::join_all(nodes.into_values().map(Node::stop)).await;
+    stream.say_to(SHARD, ToShard::default(), &[(2, read(7, false, &[]))]).await;
+    let begun = Instant::now();
+    while let Some(left) = Duration::from_secs(2).checked_sub(begun.elapsed()) {
+        // Whatever else it says, or nothing.
+        match timeout(left, stream.next()).await {
+            Ok(Ok(told)) => assert!(told.reads.is_empty(), "nobody has confirmed that it leads"),
+            Ok(Err(_)) | Err(_) => break,
+        }
+    }
+    kept.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_hands_over_tells_before_it_is_asked() {
-    let (network, directory) = (InProcess::default(), tempfile::tempdir().unwrap());
-    let mut nodes = BTreeMap::new();
-    for node in 1..=3 {
-        nodes.insert(node, Node::start(&network, directory.path(), node, 3, 1).await);
-    }
-    until(|| nodes.values().any(Node::leads)).await;
-    let leader = *nodes.iter().find(|(_, node)| node.leads()).unwrap().0;
+    let (network, _directory, nodes, leader) = three().await;
     let mut stream = Stream::open(&network, leader).await;
     stream.greet(5).await;
     assert_eq!(stream.prepare(add(1, 100)).await, VoteKind::Yes);

@@ -17,6 +17,7 @@ pub mod machine;
 pub mod merge;
 pub mod messages;
 pub mod plain;
+mod point_map;
 mod recent;
 pub mod roster;
 pub mod shard;

@@ -485,6 +485,52 @@ fn a_deposed_leader_answers_no_read() {
     assert!(matches!(world.reply(token), Some(Reply::Rows { .. })), "{:?}", world.reply(token));
 }
 
+/// Rule R7: what was asked before a read came says nothing about who leads when it comes.
+#[test]
+fn a_confirmation_that_was_asked_for_before_a_read_does_not_count_for_it() {
+    let mut world = World::new(1, 2);
+    world.elect();
+    world.deliver_all();
+    let first = world.read_at(0, vec![row()]);
+    let asked = world.leaders[0].confirm.take().expect("a read wants the leadership to be confirmed");
+    let second = world.read_at(0, vec![row()]);
+    for _ in 0..2 {
+        for packet in std::mem::take(&mut world.packets) {
+            world.deliver(packet, 0);
+        }
+    }
+    world.step(0, Event::Confirmed { asked });
+    assert!(world.reply(first).is_some());
+    assert_eq!(world.reply(second), None, "another one may lead since");
+    let asked = world.leaders[0].confirm.take().expect("the second read wants one of its own");
+    world.step(0, Event::Confirmed { asked });
+    assert!(world.reply(second).is_some());
+}
+
+#[test]
+fn a_list_of_decisions_is_whole_however_it_is_cut() {
+    let mut world = World::new(1, 2);
+    world.elect();
+    world.deliver_all();
+    for n in 0..50 {
+        world.submit(add_batch(n, &[row()]));
+    }
+    world.settle();
+    let replica = world.coordinator.leading();
+    let (all, next) = replica.machine.list(&replica.store, 0, usize::MAX).unwrap();
+    assert_eq!((all.len(), next), (50, None));
+    for limit in [1, 7, 49, 50, 51] {
+        let (mut found, mut next) = (Vec::new(), Some(0));
+        while let Some(from) = next {
+            let (page, after) = replica.machine.list(&replica.store, from, limit).unwrap();
+            assert!(page.len() <= limit && (after.is_none() || page.len() == limit));
+            found.extend(page);
+            next = after;
+        }
+        assert_eq!(found, all, "{limit} at a time");
+    }
+}
+
 #[test]
 fn a_read_waits_for_a_decision_that_is_on_its_way_into_the_log() {
     let mut world = World::new(2, 2);

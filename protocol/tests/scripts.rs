@@ -9,7 +9,7 @@
 //!   `delete ROW`, `exists|absent ROW`, `version ROW N`, `is ROW TEXT`, `atleast|atmost|equals ROW N`
 //! - `deliver [WHAT]`, `lose [WHAT]`, `repeat [WHAT]`: what is on its way now: `to N`, `from N` or all; `deliver old from N`: to the
 //!   first deposed leader; `keep [WHAT]`: it is held up, until `release`; `confirm`: the leader hears that it still led; `rest`: everything, until nothing is left to do
-//! - `tick MILLISECONDS`, `reconnect N`, `move N`: another replica leads shard N; `restart N`: it forgets its memory;
+//! - `room N`: a shard may hold N parts; `tick MILLISECONDS`, `reconnect N`, `move N`: another replica leads shard N; `restart N`: it forgets its memory;
 //!   `wipe N`: a shard comes back with nothing
 //! - `rows ROW ...`, `held N`, `check`: all that must hold at rest
 
@@ -51,6 +51,7 @@ impl Script {
         let mut arrived = before;
         match verb {
             "world" => *self = Script::new(number(0) as u32),
+            "room" => self.world.parts_max = number(0) as u32,
             "elect" => self.world.elect(),
             "crash" => self.world.crash(number(0) as usize),
             "apply" => self.world.apply_act(if rest.first() == Some(&"old") { 0 } else { newest }),

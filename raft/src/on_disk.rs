@@ -28,6 +28,8 @@ use crate::{
 const LOG_MEMTABLE_BYTES: usize = 64 << 20;
 const META_MEMTABLE_BYTES: usize = 1 << 20;
 const STATE_MEMTABLE_BYTES: usize = 32 << 20;
+/// How much of the state's memtable is a filter that tells which keys it doesn't have.
+const MEMTABLE_BLOOM_RATIO: f64 = 0.05;
 /// The write-ahead log is cut when it reaches this size in all.
 const WAL_BYTES_MAX: u64 = 512 << 20;
 
@@ -67,6 +69,11 @@ impl Storage for OnDisk {
                 Table::State => STATE_MEMTABLE_BYTES,
             });
             options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+            if table == Table::State {
+                // Every new record is looked up once before it is there.
+                options.set_memtable_prefix_bloom_ratio(MEMTABLE_BLOOM_RATIO);
+                options.set_memtable_whole_key_filtering(true);
+            }
             ColumnFamilyDescriptor::new(name(table), options)
         };
         let db = DB::open_cf_descriptors(&options, &path, Table::ALL.map(family));

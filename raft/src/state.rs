@@ -458,8 +458,17 @@ impl Cache {
 mod tests {
     use verdict_protocol::store::MemoryStore;
 
+    use std::{
+        path::{Path, PathBuf},
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
     use super::*;
-    use crate::on_disk::OnDisk;
+    use crate::{
+        api::HostError,
+        on_disk::OnDisk,
+        storage::{Batch, Cursor, File, Open, Reads, Storage, Tables},
+    };
 
     fn next(seed: &mut u64) -> u64 {
         *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -475,6 +484,112 @@ mod tests {
             })
             .unwrap();
         found
+    }
+
+    /// The disk of this machine, which counts the batches that are written.
+    #[derive(Debug)]
+    struct Counting(Arc<AtomicUsize>);
+
+    struct CountingTables(Box<dyn Tables>, Arc<AtomicUsize>);
+
+    struct CountingBatch(Box<dyn Batch>, Arc<AtomicUsize>);
+
+    impl Storage for Counting {
+        fn open_tables(&self, folder: &Path, cache_bytes: usize) -> Result<Box<dyn Tables>, HostError> {
+            Ok(Box::new(CountingTables(OnDisk.open_tables(folder, cache_bytes)?, self.0.clone())))
+        }
+
+        fn create_folder(&self, folder: &Path) -> io::Result<()> {
+            OnDisk.create_folder(folder)
+        }
+
+        fn list(&self, folder: &Path) -> io::Result<Vec<PathBuf>> {
+            OnDisk.list(folder)
+        }
+
+        fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn File>> {
+            OnDisk.open(path, how)
+        }
+
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            OnDisk.rename(from, to)
+        }
+
+        fn remove(&self, path: &Path) -> io::Result<()> {
+            OnDisk.remove(path)
+        }
+    }
+
+    impl Reads for CountingTables {
+        fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Bytes>> {
+            self.0.get(table, key)
+        }
+
+        fn cursor<'a>(
+            &'a self,
+            table: Table,
+            from: &[u8],
+            to: Option<&[u8]>,
+            start: Start,
+        ) -> Box<dyn Cursor + 'a> {
+            self.0.cursor(table, from, to, start)
+        }
+    }
+
+    impl Tables for CountingTables {
+        fn batch(&self) -> Box<dyn Batch> {
+            Box::new(CountingBatch(self.0.batch(), self.1.clone()))
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            self.0.sync()
+        }
+
+        fn view(&self) -> Box<dyn Reads + '_> {
+            self.0.view()
+        }
+    }
+
+    impl Batch for CountingBatch {
+        fn put(&mut self, table: Table, key: &[u8], value: &[u8]) {
+            self.0.put(table, key, value);
+        }
+
+        fn delete(&mut self, table: Table, key: &[u8]) {
+            self.0.delete(table, key);
+        }
+
+        fn delete_range(&mut self, table: Table, from: &[u8], to: &[u8]) {
+            self.0.delete_range(table, from, to);
+        }
+
+        fn bytes(&self) -> usize {
+            self.0.bytes()
+        }
+
+        fn write(self: Box<Self>) -> io::Result<()> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            self.0.write()
+        }
+    }
+
+    /// Rule R5: between two writes the power may be lost.
+    #[test]
+    fn the_changes_and_the_applied_index_are_written_together() {
+        let directory = tempfile::tempdir().unwrap();
+        let writes = Arc::new(AtomicUsize::new(0));
+        let disk = Disk::open(Arc::new(Counting(writes.clone())), directory.path(), 1 << 20).unwrap();
+        let limits = StoreLimits { cache_bytes: 2_000, behind_bytes: 20_000, behind_entries: 300 };
+        let mut store = GroupStore::new(disk, GroupId(3), 0, limits);
+        for n in 0..100_u32 {
+            store.put(&n.to_be_bytes(), b"x").unwrap();
+            store.applied(1);
+        }
+        let before = writes.load(Ordering::Relaxed);
+        store.flush(&AppliedState::default()).unwrap();
+        assert_eq!(writes.load(Ordering::Relaxed), before + 1);
+        let applied = store.disk().unwrap().tables().get(Table::State, &store.key(APPLIED)).unwrap();
+        assert!(applied.is_some(), "the applied index is among what was written");
     }
 
     /// Against a plain map: whatever is asked, and whenever it is written, dropped from memory or opened again.

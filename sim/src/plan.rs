@@ -447,7 +447,9 @@ fn trouble(plan: &Plan, random: &mut Random) -> Trouble {
         67..75 => Trouble::HandOver { group, to: *random.pick(&plan.seats[group as usize]) },
         75..80 => Trouble::Snapshot { group, node: *random.pick(&plan.seats[group as usize]) },
         80..85 => {
-            let most = if plan.settings.retention_ms < 60_000 { 4_000 } else { 7_200_000 };
+            // A leader whose clock is behind forgets later, and refuses new batches where little may be remembered.
+            let remembers_little = plan.settings.retention_ms < 60_000 || plan.settings.keep.0 < 1_000_000;
+            let most = if remembers_little { 4_000 } else { 7_200_000 };
             let by_ms = random.range(10, most) as i64;
             Trouble::Clock { node, by_ms: if random.chance(5000) { by_ms } else { -by_ms } }
         }

@@ -96,7 +96,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", value_parser = accounts)]
     pub accounts: Option<u64>,
     /// Trades in flight, on all streams of a case together
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub window: u32,
     /// Each trade pays a fee into the one account of the exchange
     #[arg(long)]

@@ -7,7 +7,8 @@
 //! Invariants:
 //! - A batch is started only when all its participants have answered the greeting, and none of them listed it (rule R12).
 //! - Commit is proposed only when all participants voted YES under one and the same number (R4), abort at any time before.
-//! - An outcome is told, to shards and callers, only after the log has answered which decision stands (R1, R9).
+//! - An outcome is told, to shards and callers, only after the log has answered which decision stands (R1, R9). They may wait for
+//!   the next message to the same shard, but only while nobody waits for them there.
 //! - Only an explicit `done` ends a participant's part (R2); until then the outcome is sent again.
 //! - The mark of a shard lies below every number that may still be unfinished there (R4).
 //! - Every stamp is greater than every stamp and every read position given before.
@@ -336,6 +337,10 @@ struct ShardView {
     reads: usize,
     /// Numbers that may be unfinished there, with their batches and the time of the last message about them.
     outstanding: BTreeMap<Number, (BatchId, Millis)>,
+    /// Decided batches that it has not been told of: nobody waits for it.
+    untold: Vec<BatchId>,
+    /// Batches that wait in line there.
+    in_line: BTreeSet<BatchId>,
 }
 
 impl ShardView {
@@ -367,7 +372,7 @@ pub struct Leader {
     ceiling_asked: Stamp,
     flights: BTreeMap<BatchId, Flight>,
     shards: BTreeMap<ShardId, ShardView>,
-    /// Parts of ids that are or will be decided otherwise, to be aborted one by one.
+    /// Parts to be aborted one by one: of ids that are or will be decided otherwise, and of tries that are given up.
     strays: BTreeMap<(ShardId, Number), BatchId>,
     parked: BTreeSet<BatchId>,
     recovering: BTreeSet<BatchId>,
@@ -442,6 +447,11 @@ impl Leader {
         self.flights.len()
     }
 
+    /// Whether outcomes wait to ride along.
+    pub fn has_untold(&self) -> bool {
+        self.shards.values().any(|view| !view.untold.is_empty())
+    }
+
     /// Whether every shard has answered the greeting and nothing of earlier epochs is undecided.
     pub fn is_recovered(&self) -> bool {
         self.recovering.is_empty() && self.shards.values().all(|view| view.greeted)
@@ -462,13 +472,20 @@ impl Leader {
             Event::ReadAnswered { shard, request, answer } => {
                 self.read_answered(shard, request, answer, decisions, effects);
             }
-            Event::Reconnected { shard } => self.resend(shard, Millis(u64::MAX), effects),
+            Event::Reconnected { shard } => {
+                // All that is open is sent again, and that is part of it.
+                if self.view(shard).greeted {
+                    self.view(shard).untold.clear();
+                }
+                self.resend(shard, Millis(u64::MAX), effects);
+            }
             Event::Applied(acted) => self.applied(acted, effects),
         }
     }
 
     /// Completes what goes out: the epoch, what rides along, and the marks as they are now.
     pub fn seal(&mut self, effects: &mut Effects) {
+        self.tell_outcomes(effects);
         if self.ticked || !effects.act.is_empty() || self.finished.len() >= FINISHED_WAITING_MAX {
             effects.act.finished.append(&mut self.finished);
             self.ticked = false;
@@ -486,6 +503,37 @@ impl Leader {
             message.epoch = self.epoch;
             message.mark = self.mark(*shard);
             message.history = history;
+        }
+    }
+
+    /// Outcomes ride along with the next prepares or reads for the same shard, so that they cost no message, no entry and no sync of
+    /// their own. If none come by the next tick, or somebody stands in line there, they go by themselves.
+    fn tell_outcomes(&mut self, effects: &mut Effects) {
+        let placement = self.config.placement;
+        for shard in placement.all() {
+            if self.shards[&shard].untold.is_empty() {
+                continue;
+            }
+            let rides = effects.to_shards.get(&shard).is_some_and(|message| !message.is_empty())
+                || effects.reads.iter().any(|(read, _, _)| *read == shard);
+            let view = &self.shards[&shard];
+            let awaited = !view.in_line.is_empty() || view.reads > 0;
+            if rides || awaited || self.ticked {
+                for id in std::mem::take(&mut self.view(shard).untold) {
+                    self.send_outcome(shard, id, effects);
+                }
+            }
+        }
+    }
+
+    /// The present try of a batch is over: it stands in no line any more.
+    fn leave_lines(&mut self, id: BatchId) {
+        for shard in &self.flights[&id].shards {
+            let in_line = &mut self.shards.get_mut(shard).expect("participants are known shards").in_line;
+            // Mostly there are none.
+            if !in_line.is_empty() {
+                in_line.remove(&id);
+            }
         }
     }
 
@@ -604,6 +652,7 @@ impl Leader {
 
     /// Sends prepares under a new number, which gives up all earlier ones.
     fn prepare(&mut self, id: BatchId, pending: Pending, effects: &mut Effects) {
+        self.leave_lines(id);
         self.last_sequence += 1;
         let number = Number { epoch: self.epoch, sequence: self.last_sequence };
         let flight = self.flights.get_mut(&id).expect("a batch that is prepared is in flight");
@@ -678,11 +727,17 @@ impl Leader {
             let view = self.shards.get_mut(&shard).expect("participants are known shards");
             for tried in flight.tries.iter().filter(|tried| *tried != number) {
                 view.outstanding.remove(tried);
+                self.strays.remove(&(shard, *tried));
             }
         }
         match vote.kind {
+            // This try is given up already, perhaps also where it was granted.
+            VoteKind::Yes | VoteKind::Waiting if retry_at.is_some() => {}
             VoteKind::Yes => {
-                votes.insert(shard, Heard::Yes);
+                if votes.insert(shard, Heard::Yes) == Some(Heard::Waiting) {
+                    let view = self.shards.get_mut(&shard).expect("participants are known shards");
+                    view.in_line.remove(&id);
+                }
                 let yes = votes.values().filter(|heard| **heard == Heard::Yes).count();
                 if yes == flight.shards.len() {
                     let number = *number;
@@ -690,7 +745,9 @@ impl Leader {
                 }
             }
             VoteKind::Waiting => {
-                votes.entry(shard).or_insert(Heard::Waiting);
+                if *votes.entry(shard).or_insert(Heard::Waiting) == Heard::Waiting {
+                    self.view(shard).in_line.insert(id);
+                }
             }
             VoteKind::No(abort) => self.decide_abort(id, abort, effects),
             VoteKind::Conflict if retry_at.is_none() && self.now < pending.deadline => {
@@ -701,6 +758,7 @@ impl Leader {
                 let at = Millis(self.now.0 + self.config.resend_ms / 4);
                 *retry_at = Some(at);
                 self.retries.insert((at, id));
+                self.give_up_try(id, effects);
             }
             VoteKind::Conflict | VoteKind::Overloaded | VoteKind::Finished | VoteKind::OldEpoch => {}
             VoteKind::Held => {
@@ -712,7 +770,19 @@ impl Leader {
         }
     }
 
+    /// Frees what the present try holds anywhere while it waits for room at a shard. Of two batches that each hold what the other one
+    /// waits for, neither would get on.
+    fn give_up_try(&mut self, id: BatchId, effects: &mut Effects) {
+        self.leave_lines(id);
+        let flight = &self.flights[&id];
+        let Stage::Preparing { number, .. } = flight.stage else { return };
+        for shard in flight.shards.clone() {
+            self.stray(shard, number, id, effects);
+        }
+    }
+
     fn decide_commit(&mut self, id: BatchId, number: Number, effects: &mut Effects) {
+        self.leave_lines(id);
         let stamp = self.give_stamp(effects);
         let flight = self.flights.get_mut(&id).expect("a batch that is decided is in flight");
         if let Stage::Preparing { pending, .. } = &flight.stage {
@@ -728,6 +798,7 @@ impl Leader {
 
     /// Always safe before a decision exists.
     fn decide_abort(&mut self, id: BatchId, abort: Abort, effects: &mut Effects) {
+        self.leave_lines(id);
         let flight = self.flights.get_mut(&id).expect("a batch that is decided is in flight");
         let number = match &flight.stage {
             Stage::Preparing { number, pending, .. } => {
@@ -809,12 +880,15 @@ impl Leader {
             let view = self.shards.get_mut(shard).expect("participants are known shards");
             view.ask(self.now);
             view.outstanding.insert(*number, (id, self.now));
+            // The outcome ends these too.
+            for tried in &flight.tries {
+                self.strays.remove(&(*shard, *tried));
+            }
         }
-        let shards: Vec<ShardId> = missing.keys().copied().collect();
+        for shard in missing.keys() {
+            self.shards.get_mut(shard).expect("participants are known shards").untold.push(id);
+        }
         flight.stage = Stage::Telling { decision, missing };
-        for shard in &shards {
-            self.send_outcome(*shard, id, effects);
-        }
         self.end_if_done(id);
     }
 
@@ -843,7 +917,11 @@ impl Leader {
         }
         if self.strays.get(&(shard, number)) == Some(&id) {
             self.strays.remove(&(shard, number));
-            self.view(shard).outstanding.remove(&number);
+            let before = self.tried_before(id, number);
+            let view = self.view(shard);
+            for ended in before.into_iter().chain([number]) {
+                view.outstanding.remove(&ended);
+            }
             return;
         }
         let Some(flight) = self.flights.get_mut(&id) else { return };

@@ -219,13 +219,23 @@ impl Leader {
         }
     }
 
-    fn stray(&mut self, shard: ShardId, number: Number, id: BatchId, effects: &mut Effects) {
+    /// Aborts a part, and with it what the shard may hold of earlier tries of this epoch.
+    pub(super) fn stray(&mut self, shard: ShardId, number: Number, id: BatchId, effects: &mut Effects) {
+        for tried in self.tried_before(id, number) {
+            self.strays.remove(&(shard, tried));
+        }
         self.strays.insert((shard, number), id);
         self.send_stray(shard, number, id, effects);
     }
 
+    /// The numbers of this epoch under which a batch was tried before this one.
+    pub(super) fn tried_before(&self, id: BatchId, number: Number) -> Vec<Number> {
+        let tries = self.flights.get(&id).map_or(&[][..], |flight| &flight.tries);
+        tries.iter().copied().filter(|tried| *tried < number).collect()
+    }
+
     pub(super) fn send_stray(&self, shard: ShardId, number: Number, id: BatchId, effects: &mut Effects) {
-        let outcome = PartOutcome { id, number, commit: None, gives_up: Vec::new() };
+        let outcome = PartOutcome { id, number, commit: None, gives_up: self.tried_before(id, number) };
         effects.to_shards.entry(shard).or_default().outcomes.push(outcome);
     }
 }

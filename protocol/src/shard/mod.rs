@@ -20,7 +20,7 @@ mod holders;
 mod locks;
 mod rows;
 
-use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
+use std::collections::{BTreeMap, BTreeSet, hash_map::Entry};
 
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,7 @@ use crate::{
         Done, FromShard, Greeting, HeldPart, PartOutcome, Prepare, READ_BYTES_MAX, RowValue, ShardQuery,
         ShardRead, ShardReadAnswer, ToShard, Vote, VoteKind,
     },
+    point_map::PointMap,
     store::{Store, StoreError},
 };
 
@@ -45,9 +46,20 @@ const FINISHED_TABLE: u8 = 0x14;
 const CONFIG_TABLE: u8 = 0x15;
 const SWEEP_TABLE: u8 = 0x16;
 
-/// Versions that a sweep looks at with each entry, beside twice as many as the entry adds. So a sweep ends before half as many have come
-/// as there are, and at most about as many are kept needlessly as are needed.
-const SWEPT_PER_ENTRY: usize = 64;
+/// A sweep goes on with each entry whose index this divides, and with each that adds many versions itself: to begin costs as much as to
+/// look at some dozens.
+const SWEEP_INTERVAL: u64 = 16;
+/// So many versions are many.
+const MANY_VERSIONS: usize = 16;
+
+/// How many versions a sweep looks at with this entry: in all at least twice as many as are added. So a sweep ends before half as many
+/// have come as there are, and at most about as many are kept needlessly as are needed.
+fn swept_with(index: u64, written: usize) -> usize {
+    let small_entries =
+        if index.is_multiple_of(SWEEP_INTERVAL) { SWEEP_INTERVAL as usize * MANY_VERSIONS } else { 0 };
+    let own = if written >= MANY_VERSIONS { written } else { 0 };
+    2 * (small_entries + own)
+}
 
 /// What all replicas of a shard must know and have equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -185,11 +197,11 @@ pub struct ShardCounts {
 pub struct Shard {
     config: ShardConfig,
     peers: BTreeMap<GroupId, Peer>,
-    parts: BTreeMap<(GroupId, BatchId), Box<Held>>,
+    parts: PointMap<(GroupId, BatchId), Box<Held>>,
     /// The same parts by number: every part is in both.
     tickets: BTreeMap<Ticket, BatchId>,
     /// Rows that somebody holds or waits for.
-    locks: BTreeMap<RowKey, RowLock>,
+    locks: PointMap<RowKey, RowLock>,
     sweep: Sweep,
     /// Versions that the present entry has added.
     written: usize,
@@ -206,9 +218,9 @@ impl Machine for Shard {
         let mut shard = Shard {
             config: *config,
             peers: BTreeMap::new(),
-            parts: BTreeMap::new(),
+            parts: PointMap::default(),
             tickets: BTreeMap::new(),
-            locks: BTreeMap::new(),
+            locks: PointMap::default(),
             sweep: Sweep::default(),
             written: 0,
         };
@@ -220,19 +232,17 @@ impl Machine for Shard {
         Ok(shard)
     }
 
-    fn apply(
-        &mut self,
-        store: &mut dyn Store,
-        _index: u64,
-        command: &[u8],
-    ) -> Result<ShardReply, StoreError> {
+    fn apply(&mut self, store: &mut dyn Store, index: u64, command: &[u8]) -> Result<ShardReply, StoreError> {
         let entry: ShardEntry = decode("shard entry", command)?;
         let mut reply = ShardReply::default();
         let proposed = Proposed { now: entry.now, parts_max: entry.parts_max as usize };
         for message in entry.messages {
             self.take(store, proposed, message, &mut reply)?;
         }
-        self.sweep(store)?;
+        match swept_with(index, std::mem::take(&mut self.written)) {
+            0 => {}
+            most => self.sweep(store, most)?,
+        }
         Ok(reply)
     }
 }
@@ -246,7 +256,8 @@ impl Shard {
     /// How much is held.
     pub fn counts(&self) -> ShardCounts {
         let mut counts = ShardCounts::default();
-        for held in self.parts.values() {
+        for (ticket, id) in &self.tickets {
+            let held = &self.parts[&(ticket.coordinator, *id)];
             match held.stand {
                 Stand::Yes => {
                     counts.in_doubt += 1;
@@ -257,7 +268,7 @@ impl Shard {
                 Stand::No(_) => {}
             }
         }
-        counts.held_rows = self.locks.values().filter(|lock| lock.is_held()).count() as u32;
+        counts.held_rows = self.locks.count(RowLock::is_held) as u32;
         counts
     }
 
@@ -299,7 +310,7 @@ impl Shard {
         coordinator: GroupId,
         read: &ShardRead,
     ) -> Result<Option<ShardReadAnswer>, StoreError> {
-        if read.wait_for.iter().any(|id| self.parts.contains_key(&(coordinator, *id))) {
+        if read.wait_for.iter().any(|id| self.parts.contains(&(coordinator, *id))) {
             return Ok(None);
         }
         let history = self.history();
@@ -379,7 +390,13 @@ impl Shard {
             reply.to(coordinator).greeting = Some(greeting);
         }
         let mut behind = Behind::default();
+        let deposed = message.epoch < self.peers.entry(coordinator).or_default().epoch;
         for outcome in message.outcomes {
+            // It may be no decision: a leader also aborts tries that it gives up, and the next one may have committed what it found. That one
+            // tells what was decided.
+            if deposed && outcome.commit.is_none() {
+                continue;
+            }
             let done = self.finish(store, coordinator, outcome, &mut behind, &mut reply.alarms)?;
             reply.to(coordinator).done.push(done);
         }
@@ -437,8 +454,8 @@ impl Shard {
         }
         // An answer to a deposed leader may reach the one whose epoch is recorded, so it lists everything too.
         let epoch = peer.epoch;
-        let mine = self.parts.iter().filter(|((group, _), _)| *group == coordinator);
-        let parts = mine.map(|((_, id), held)| listed(*id, held)).collect();
+        let mine = self.held().filter(|held| held.coordinator == coordinator);
+        let parts = mine.map(|held| held.part).collect();
         Ok(Greeting { epoch, parts })
     }
 
@@ -688,9 +705,8 @@ impl Shard {
         Ok(())
     }
 
-    /// Drops versions that no read will need, a few with each entry.
-    fn sweep(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
-        let most = SWEPT_PER_ENTRY + 2 * std::mem::take(&mut self.written);
+    /// Looks at `most` versions, and drops those that no read will need.
+    fn sweep(&mut self, store: &mut dyn Store, most: usize) -> Result<(), StoreError> {
         let history = self.history();
         if self.sweep.from.is_empty() {
             if history <= self.sweep.done {

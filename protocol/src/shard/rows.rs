@@ -253,6 +253,32 @@ mod tests {
     }
 
     #[test]
+    fn a_history_is_whole_however_it_is_cut() {
+        let mut store = MemoryStore::default();
+        let (row, other) = (RowKey::new("a", "note").unwrap(), RowKey::new("a", "note2").unwrap());
+        // Some are so large that few fit into one answer.
+        for stamp in 1..=24 {
+            let bytes = if stamp % 3 == 0 { READ_BYTES_MAX / 2 - 1 } else { 10 };
+            let value = RowValue::Record(vec![stamp as u8; bytes].into());
+            let id = BatchId::from_parts(Millis(stamp), [0; 10]);
+            replace(&mut store, &row, id, Stamp(stamp), value.clone()).unwrap();
+            replace(&mut store, &other, id, Stamp(stamp), value).unwrap();
+        }
+        for (from, position, limit) in
+            [(1, 24, 1), (1, 24, 7), (1, 24, 100), (5, 17, 3), (6, 20, 100), (24, 24, 1)]
+        {
+            let (mut found, mut next) = (Vec::new(), Some(Stamp(from)));
+            while let Some(from) = next {
+                let (page, after) = history(&store, &row, from, Stamp(position), limit).unwrap();
+                assert!((1..=limit).contains(&page.len()), "{} changes, {limit} at most", page.len());
+                found.extend(page.into_iter().map(|change| change.stamp.0));
+                next = after;
+            }
+            assert_eq!(found, (from..=position).collect::<Vec<_>>(), "{limit} at a time");
+        }
+    }
+
+    #[test]
     fn what_a_read_at_the_mark_needs_is_kept_and_nothing_before() {
         let mut store = MemoryStore::default();
         let rows = ["a", "b", "c"].map(|name| RowKey::new(name, "USD").unwrap());

@@ -121,6 +121,8 @@ pub struct World {
     pub packets: Vec<Packet>,
     /// What is sent to these, or by them, is lost.
     pub down: BTreeSet<ShardId>,
+    /// How many parts a shard may hold.
+    pub parts_max: u32,
     /// Reads that wait at a shard; looked at again when time passes.
     waiting: Vec<Packet>,
     pub replies: Vec<(Token, Reply)>,
@@ -157,6 +159,7 @@ impl World {
             leaders: Vec::new(),
             packets: Vec::new(),
             down: BTreeSet::new(),
+            parts_max: 1000,
             waiting: Vec::new(),
             replies: Vec::new(),
             alarms: Vec::new(),
@@ -322,7 +325,7 @@ impl World {
 
     /// A message as the entry that a shard's leader makes of it.
     pub fn shard_entry(&self, message: ToShard) -> ShardEntry {
-        ShardEntry { now: self.now, parts_max: 1000, messages: vec![message] }
+        ShardEntry { now: self.now, parts_max: self.parts_max, messages: vec![message] }
     }
 
     pub fn submit(&mut self, batch: Batch) -> Option<Token> {
