@@ -239,7 +239,7 @@ fn batch() -> Batch {
     BatchBuilder::new().add("user:1", "USDT", 5).build()
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_lost_answer_is_asked_for_again_under_the_same_id() {
     let fake = Fake::new([Act::LoseAnswer]);
     let batch = batch();
@@ -249,7 +249,7 @@ async fn a_lost_answer_is_asked_for_again_under_the_same_id() {
     assert_eq!(fake.settled(), 1);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_silent_node_is_left_after_the_time_of_a_try() {
     let fake = Fake::new([Act::NeverAnswer]);
     let outcome = fake.client(&["a:1", "b:2"], 5000).submit(&batch()).await;
@@ -257,7 +257,7 @@ async fn a_silent_node_is_left_after_the_time_of_a_try() {
     assert_eq!(fake.tries().len(), 2);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn the_leader_that_a_node_names_is_asked_next_and_first_from_then_on() {
     let fake = Fake::new([Act::Refuse { leader: Some("b:2") }]);
     let client = fake.client(&["a:1"], 5000);
@@ -268,7 +268,7 @@ async fn the_leader_that_a_node_names_is_asked_next_and_first_from_then_on() {
     assert_eq!(nodes, ["a:1", "b:2", "b:2"]);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn refusals_until_the_deadline_are_an_error_not_unknown() {
     let fake = Fake::new(vec![Act::Refuse { leader: None }; 1000]);
     let result = fake.client(&["a:1"], 200).submit(&batch()).await;
@@ -282,7 +282,7 @@ async fn refusals_until_the_deadline_are_an_error_not_unknown() {
     assert!(matches!(nobody, Err(ClientError::Unavailable { .. })), "{nobody:?}");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn time_that_runs_out_after_a_try_is_unknown_never_aborted() {
     for act in [Act::NeverAnswer, Act::BareUnavailable, Act::Undecided, Act::LoseAnswer] {
         let mut acts = vec![act];
@@ -293,7 +293,7 @@ async fn time_that_runs_out_after_a_try_is_unknown_never_aborted() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_abort_is_told_with_its_reason_and_a_malformed_batch_with_its_field() {
     let fake = Fake::new([Act::Malformed]);
     fake.world.lock().unwrap().aborts = Some("poor");
@@ -306,7 +306,7 @@ async fn an_abort_is_told_with_its_reason_and_a_malformed_batch_with_its_field()
     assert_eq!((reason, operation), (AbortReason::ShortOfFunds, Some(0)));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn get_batch_tells_what_became_of_an_id() {
     let fake = Fake::new([]);
     let client = fake.client(&["a:1", "b:2"], 5000);
@@ -317,7 +317,7 @@ async fn get_batch_tells_what_became_of_an_id() {
     assert_eq!(client.get_batch(&batch.id, false, Duration::ZERO).await, outcome);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_submitter_survives_broken_streams_refusals_and_silence_and_settles_each_batch_once() {
     let troubles = [
         Act::Refuse { leader: None },
@@ -343,7 +343,7 @@ async fn a_submitter_survives_broken_streams_refusals_and_silence_and_settles_ea
     assert!(answers.iter().any(|answer| answer.lost > 0), "no answer was lost");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_submitter_answers_the_same_id_with_the_same_contents_alike_and_refuses_others() {
     let fake = Fake::new([]);
     let submitter = fake.client(&["a:1"], 5000).submitter(8);
@@ -359,7 +359,7 @@ async fn a_submitter_answers_the_same_id_with_the_same_contents_alike_and_refuse
     assert!(matches!(third.result, Err(ClientError::DifferentContents { .. })), "{third:?}");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_submitter_tells_unknown_and_unavailable_apart_at_the_deadline() {
     let fake = Fake::new(vec![Act::NeverAnswer; 1000]);
     let silent = fake.client(&["a:1"], 500).submitter(8).submit(batch()).await;
@@ -368,7 +368,7 @@ async fn a_submitter_tells_unknown_and_unavailable_apart_at_the_deadline() {
     assert!(matches!(nobody.result, Err(ClientError::Unavailable { .. })), "{nobody:?}");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_submitter_keeps_no_more_in_flight_than_its_window() {
     let fake = Fake::new(vec![Act::NeverAnswer; 1000]);
     let submitter = fake.client(&["a:1"], 60_000).submitter(2);
@@ -378,7 +378,7 @@ async fn a_submitter_keeps_no_more_in_flight_than_its_window() {
     assert!(third.is_err(), "a third place in a window of two");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn calls_can_be_spawned() {
     fn spawnable<T: Send>(_: T) {}
     let fake = Fake::new([]);
