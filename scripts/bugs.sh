@@ -120,6 +120,9 @@ rests_on() {
     *-p\ verdict-check*) echo protocol check ;;
     *-p\ verdict-sim\ *) echo protocol sim ;;
     *-p\ verdict-client*) echo protocol proto client ;;
+    *-p\ verdict-raft*) echo protocol proto failpoints raft ;;
+    *-p\ verdict-participant*) echo protocol proto failpoints raft participant ;;
+    *-p\ verdict-coordinator*) echo protocol proto failpoints raft coordinator ;;
     *) echo . ;;
   esac
 }
