@@ -59,6 +59,8 @@ struct State {
     greetings: usize,
     /// Streams break instead of carrying so many answers to prepares.
     breaks: usize,
+    /// It takes prepares and doesn't answer them.
+    silent: bool,
 }
 
 type Said = Pin<Box<dyn Stream<Item = Result<v1::ParticipantMessage, Status>> + Send>>;
@@ -100,6 +102,10 @@ impl Script {
         }
         let mut state = self.state.lock().unwrap();
         let mut answer = FromShard::default();
+        if state.silent {
+            state.prepares += told.message.prepares.len();
+            return vec![];
+        }
         if told.message.greet {
             state.greetings += 1;
             let parts = state.held.values().cloned().collect();
@@ -243,14 +249,50 @@ struct Cluster {
 
 impl Cluster {
     async fn start() -> Cluster {
+        Cluster::start_among(&[1], |_| {}).await
+    }
+
+    async fn start_among(voters: &[u64], change: impl Fn(&mut CoordinatorConfig)) -> Cluster {
         let network = InProcess::default();
         let directory = tempfile::tempdir().unwrap();
         let scripts = [Script::new(1, 2), Script::new(2, 1)];
         let mut nodes = Vec::new();
         for (node, script) in [1, 2].into_iter().zip(&scripts) {
-            nodes.push(start(&network, directory.path(), node, script, |_| {}).await);
+            nodes.push(start_among(voters, &network, directory.path(), node, script, &change).await);
         }
         Cluster { network, directory, scripts, nodes }
+    }
+
+    /// The place of the node that leads, once one of them does and all shards have answered it.
+    async fn led(&self) -> usize {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        while undecided(self.nodes[0].node.get_batch(question(id(1))).await.unwrap())
+            != v1::UndecidedState::NotSeen
+        {
+            assert!(tokio::time::Instant::now() < deadline, "never recovered");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.nodes.iter().position(|node| node.node.leads()).expect("one of them has just answered")
+    }
+
+    /// From now on the shards take prepares, and say nothing.
+    fn hush(&self) {
+        for script in &self.scripts {
+            script.state.lock().unwrap().silent = true;
+        }
+    }
+
+    fn prepares(&self) -> [usize; 2] {
+        [0, 1].map(|place| self.scripts[place].state.lock().unwrap().prepares)
+    }
+
+    /// Waits until both shards have had prepares that they say nothing of.
+    async fn prepared(&self) {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        while self.prepares().contains(&0) {
+            assert!(tokio::time::Instant::now() < deadline, "no prepare has come");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn stop(self) {
@@ -452,25 +494,88 @@ async fn a_question_about_an_id_is_answered_by_the_leader_and_can_make_an_end() 
 /// Another one may lead by now, and have recorded what this one doesn't know of.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_hears_nobody_says_nothing_of_an_id() {
-    let (network, directory) = (InProcess::default(), tempfile::tempdir().unwrap());
-    let shards = [Script::new(1, 2), Script::new(2, 1)];
-    let mut nodes = Vec::new();
-    for (node, script) in [1, 2].into_iter().zip(&shards) {
-        nodes.push(start_among(&[1, 2], &network, directory.path(), node, script, |_| {}).await);
-    }
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
-    while undecided(nodes[0].node.get_batch(question(id(1))).await.unwrap()) != v1::UndecidedState::NotSeen {
-        assert!(tokio::time::Instant::now() < deadline, "never recovered");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    let leader = nodes.iter().position(|node| node.node.leads()).expect("one of them has just answered");
-    nodes.remove(1 - leader).stop().await;
-    let kept = &nodes[0].node;
+    let mut cluster = Cluster::start_among(&[1, 2], |_| {}).await;
+    let leader = cluster.led().await;
+    cluster.nodes.remove(1 - leader).stop().await;
+    let kept = cluster.nodes[0].node.clone();
     let asked = tokio::time::timeout(Duration::from_secs(1), kept.get_batch(question(id(2)))).await;
     if let Ok(Ok(outcome)) = asked {
         panic!("nobody has confirmed that it leads, and it says {outcome:?}");
     }
-    nodes.remove(0).stop().await;
+    let mut admin = cluster.admin(leader as u64 + 1);
+    let listed = admin.list_decisions(v1::ListDecisionsRequest::default());
+    if let Ok(Ok(listed)) = tokio::time::timeout(Duration::from_secs(1), listed).await {
+        panic!("nobody has confirmed that it leads, and it lists {listed:?}");
+    }
+    // The wish may have reached a leader, or reach one yet.
+    let mut seal = Request::new(v1::GetBatchRequest { abort_if_not_seen: true, ..question(id(3)) });
+    seal.set_timeout(Duration::from_millis(800));
+    let sealed = cluster.settlement(leader as u64 + 1).get_batch(seal).await.unwrap().into_inner();
+    assert_eq!(undecided(sealed.outcome.unwrap()), v1::UndecidedState::Unknown);
+    cluster.stop().await;
+}
+
+/// "Nothing was proposed" would be believed, and the trade made again under another id.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_under_way_at_a_leader_that_is_gone_is_unknown() {
+    for voters in [&[1][..], &[1, 2]] {
+        let mut cluster = Cluster::start_among(voters, |config| config.grace_ms = 100).await;
+        let leader = cluster.led().await;
+        cluster.hush();
+        // With one voter the call comes through the gateway, and the leader goes. With two it comes to the leader, which loses its quorum.
+        let asked = if voters.len() == 1 { 1 - leader } else { leader };
+        let node = cluster.nodes[asked].node.clone();
+        let mut client = cluster.settlement(asked as u64 + 1);
+        let batch = |n| v1::Batch { timeout_ms: 4000, ..transfer(id(n), "user:", 1) };
+        let single = tokio::spawn(async move { node.submit(batch(2)).await });
+        let requests = (10..15).map(move |n| v1::SubmitStreamRequest { batch: Some(batch(n)) });
+        // The stream stays open, as that of a client which has more to send.
+        let requests = tokio_stream::iter(requests).chain(futures::stream::pending());
+        let answers = client.submit_stream(requests).await.unwrap().into_inner();
+        cluster.prepared().await;
+        let gone = cluster.nodes.remove(1 - asked);
+        gone.stop().await;
+        assert_eq!(undecided(single.await.unwrap().unwrap()), v1::UndecidedState::Unknown, "{voters:?}");
+        for answer in answers.take(5).collect::<Vec<_>>().await {
+            match answer.unwrap().result.unwrap() {
+                v1::submit_stream_response::Result::Outcome(outcome) => {
+                    assert_eq!(undecided(outcome), v1::UndecidedState::Unknown, "{voters:?}");
+                }
+                v1::submit_stream_response::Result::Error(error) => panic!("{voters:?}: {error:?}"),
+            }
+        }
+        cluster.stop().await;
+    }
+}
+
+/// Promise G9, at the door of a node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_more_is_taken_than_a_node_has_room_for() {
+    let cluster = Cluster::start_among(&[1], |config| {
+        (config.submissions_max, config.stream_window, config.grace_ms) = (4, 3, 100);
+    });
+    let cluster = cluster.await;
+    cluster.led().await;
+    cluster.hush();
+    let batch = |n| v1::Batch { timeout_ms: 1500, ..transfer(id(n), "user:", 1) };
+    let requests = (100..130).map(move |n| v1::SubmitStreamRequest { batch: Some(batch(n)) });
+    let requests = tokio_stream::iter(requests).chain(futures::stream::pending());
+    let stream = cluster.settlement(1).submit_stream(requests).await.unwrap();
+    cluster.prepared().await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let taken = cluster.scripts[0].state.lock().unwrap().prepares;
+    assert!(taken <= 3, "{taken} of a stream with a window of 3");
+    drop(stream);
+    let node = &cluster.nodes[0].node;
+    let calls = futures::future::join_all((0..20).map(|n| node.submit(batch(n)))).await;
+    let refused =
+        |code| calls.iter().filter(|call| call.as_ref().is_err_and(|status| status.code() == code)).count();
+    let turned_away = refused(Code::ResourceExhausted) + refused(Code::Unavailable);
+    assert!(
+        turned_away >= 16,
+        "of 20 calls {turned_away} found no room where there is some for 4: {calls:?}"
+    );
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -510,6 +615,14 @@ async fn a_restarted_leader_remembers_and_goes_on_and_waiting_callers_are_served
         listed.decisions.iter().map(|decision| decision.outcome.clone().unwrap().batch_id).collect();
     assert_eq!(ids, [transfer_id(&cluster, 0), waiting.id]);
     assert_eq!(listed.next, 0);
+    let (mut paged, mut from) = (Vec::new(), 0);
+    for _ in 0..ids.len() {
+        let request = v1::ListDecisionsRequest { from, limit: 1 };
+        let page = cluster.admin(2).list_decisions(request).await.unwrap().into_inner();
+        paged.extend(page.decisions.into_iter().map(|decision| decision.outcome.unwrap().batch_id));
+        from = page.next;
+    }
+    assert_eq!((paged, from), (ids, 0), "one at a time");
     cluster.nodes.push(again);
     cluster.stop().await;
 }
