@@ -82,6 +82,17 @@ impl Client {
         self.nodes.addresses()
     }
 
+    /// What is wrong at present, for people: what a node said last instead of an answer, or else to which nodes there was no
+    /// connection when they were last asked. None as long as nothing is wrong.
+    pub fn trouble(&self) -> Option<String> {
+        self.nodes.trouble()
+    }
+
+    /// Whether any node has ever answered, if only by a refusal.
+    pub fn is_reached(&self) -> bool {
+        self.nodes.is_reached()
+    }
+
     /// Settles a batch: tries under its one id, over the nodes, until it is committed or aborted or the time runs out.
     pub async fn submit(&self, batch: &Batch) -> Result<Outcome, ClientError> {
         let deadline = self.deadline();
@@ -95,7 +106,9 @@ impl Client {
             });
             match tries.after(&batch.id, end.await.map(|response| response.outcome)) {
                 Next::Answer(answer) => return answer,
-                Next::Again { pause, .. } if Instant::now() + pause >= deadline => return tries.give_up(),
+                Next::Again { pause, .. } if Instant::now() + pause >= deadline => {
+                    return tries.give_up(|| self.nodes.nobody());
+                }
                 Next::Again { pause, place } => {
                     address = self.nodes.next(&address, place);
                     sleep(pause).await;
@@ -281,19 +294,26 @@ impl Client {
     {
         let deadline = self.deadline();
         let mut address = self.nodes.preferred();
+        // What a node said tells more than a node that wasn't reached.
+        let mut said = None;
         for tries in 0.. {
             let limit = self.try_deadline(deadline, wait);
-            let (error, place, advice) = match self.once(&address, limit, request.clone(), &call).await {
+            let (place, advice) = match self.once(&address, limit, request.clone(), &call).await {
                 Ok(answer) => return Ok(answer),
                 Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Lost(message)) => (ClientError::Unavailable { message }, Place::Other, None),
+                Err(Failure::Unreached(_)) => (Place::Other, None),
+                Err(Failure::Lost(message)) => {
+                    said = Some(ClientError::Unavailable { message });
+                    (Place::Other, None)
+                }
                 Err(Failure::Refused { error, retry_after, leader }) => {
-                    (error, leader.map_or(Place::Other, Place::Leader), retry_after)
+                    said = Some(error);
+                    (leader.map_or(Place::Other, Place::Leader), retry_after)
                 }
             };
             let pause = retry::pause(tries, advice);
             if Instant::now() + pause >= deadline {
-                return Err(error);
+                return Err(said.unwrap_or_else(|| self.nodes.nobody()));
             }
             address = self.nodes.next(&address, place);
             sleep(pause).await;
@@ -316,6 +336,10 @@ impl Client {
             Ok(answer) => Ok(answer),
             Err(Failure::Final(error) | Failure::Refused { error, .. }) => Err(error),
             Err(Failure::Lost(message)) => Err(ClientError::Unavailable { message }),
+            Err(Failure::Unreached(why)) => {
+                let message = format!("no connection to {address} ({why})");
+                Err(ClientError::Unavailable { message })
+            }
         }
     }
 
@@ -333,11 +357,13 @@ impl Client {
         let channel = self.nodes.channel(address).map_err(Failure::Final)?;
         let mut request = Request::new(request);
         request.set_timeout(limit.saturating_duration_since(Instant::now()));
-        match timeout_at(limit, call(channel, request)).await {
+        let end = match timeout_at(limit, call(channel, request)).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(Failure::of_status(&status)),
             Err(_) => Err(Failure::Lost(format!("no answer from {address} in time"))),
-        }
+        };
+        self.nodes.note(address, end.as_ref().err());
+        end
     }
 }
 

@@ -1,6 +1,6 @@
 //! What went wrong with a call, and what that says about the batch.
 
-use std::{error::Error as _, time::Duration};
+use std::{error::Error, io, time::Duration};
 
 use tonic::{Code, ConnectError, Status};
 use tonic_types::StatusExt as _;
@@ -10,7 +10,7 @@ use verdict_proto::v1::CallError;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ClientError {
     /// The request is malformed: it will never be taken.
-    #[error("{field}: {message}")]
+    #[error("{}{message}", field_text(field))]
     InvalidArgument {
         /// The field, for example `batch.operations[3].add.delta`; empty where the server named none.
         field: String,
@@ -51,6 +51,10 @@ pub enum ClientError {
     },
 }
 
+fn field_text(field: &str) -> String {
+    if field.is_empty() { String::new() } else { format!("{field}: ") }
+}
+
 /// What one failed try says.
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -64,6 +68,8 @@ pub(crate) enum Failure {
         /// The address of the leader.
         leader: Option<String>,
     },
+    /// Nothing was sent: there is no connection to the node, for this reason.
+    Unreached(String),
     /// Anything may have happened.
     Lost(String),
 }
@@ -73,9 +79,8 @@ impl Failure {
     /// that the contract demands, since proxies and broken connections make statuses too.
     pub(crate) fn of_status(status: &Status) -> Failure {
         let message = status.message().to_owned();
-        if never_sent(status) {
-            let error = ClientError::Unavailable { message };
-            return Failure::Refused { error, retry_after: None, leader: None };
+        if let Some(why) = never_sent(status) {
+            return Failure::Unreached(why);
         }
         if status.source().is_some() {
             return Failure::Lost(format!("the connection broke: {message}"));
@@ -144,16 +149,30 @@ impl Failure {
     }
 }
 
-/// Whether the request can't have left this process, because there was no connection.
-fn never_sent(status: &Status) -> bool {
+/// Why there is no connection, if that is why the call failed: then the request can't have left this process.
+fn never_sent(status: &Status) -> Option<String> {
     let mut source = status.source();
     while let Some(error) = source {
         if error.is::<ConnectError>() {
-            return true;
+            return Some(why_no_connection(error));
         }
         source = error.source();
     }
-    false
+    None
+}
+
+/// The last of the causes. The usual ones in words that don't depend on the system.
+fn why_no_connection(error: &(dyn Error + 'static)) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    let kind = last.downcast_ref::<io::Error>().map(io::Error::kind);
+    match kind {
+        Some(io::ErrorKind::ConnectionRefused) => "nobody listens there".into(),
+        Some(io::ErrorKind::TimedOut) => "it doesn't answer".into(),
+        Some(_) | None => last.to_string(),
+    }
 }
 
 #[cfg(test)]
@@ -183,6 +202,11 @@ mod tests {
         let said = Status::with_error_details(Code::InvalidArgument, "bad", details);
         let Failure::Final(error) = Failure::of_status(&said) else { panic!("no retry mends that") };
         assert_eq!(error.to_string(), "batch.id: is not a UUID");
+        let Failure::Final(error) = Failure::of_status(&Status::invalid_argument("20 bytes, at most 10"))
+        else {
+            panic!("no retry mends that")
+        };
+        assert_eq!(error.to_string(), "20 bytes, at most 10");
     }
 
     #[test]

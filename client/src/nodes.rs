@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use tonic::transport::Channel;
 use verdict_proto::connect::Connect;
 
-use crate::{ClientError, tries::Place};
+use crate::{ClientError, failure::Failure, tries::Place};
 
 /// Channels to addresses that servers named as leaders, beyond those that the caller gave.
 const HINTED_MAX: usize = 64;
@@ -34,6 +34,12 @@ struct State {
     preferred: String,
     /// Named leaders that didn't answer, and since when.
     out_of_reach: BTreeMap<String, Instant>,
+    /// Nodes to which there was no connection when they were last asked, and why.
+    unreached: BTreeMap<String, String>,
+    /// What a node said last instead of an answer, until one answers.
+    refusal: Option<String>,
+    /// Whether any node has ever answered, if only by a refusal.
+    is_reached: bool,
 }
 
 impl Nodes {
@@ -53,7 +59,14 @@ impl Nodes {
         Ok(Nodes {
             connect,
             addresses,
-            state: Mutex::new(State { channels, preferred, out_of_reach: BTreeMap::new() }),
+            state: Mutex::new(State {
+                channels,
+                preferred,
+                out_of_reach: BTreeMap::new(),
+                unreached: BTreeMap::new(),
+                refusal: None,
+                is_reached: false,
+            }),
         })
     }
 
@@ -82,6 +95,48 @@ impl Nodes {
             state.preferred.clone_from(&next);
         }
         next
+    }
+
+    /// Takes note of how a try went at a node. None: it answered.
+    pub(crate) fn note(&self, asked: &str, failure: Option<&Failure>) {
+        let mut state = self.lock();
+        if let Some(Failure::Unreached(why)) = failure {
+            state.unreached.insert(asked.to_owned(), why.clone());
+            return;
+        }
+        state.unreached.remove(asked);
+        state.is_reached |= !matches!(failure, Some(Failure::Lost(_)));
+        state.refusal = match failure {
+            None | Some(Failure::Final(_)) => None,
+            Some(Failure::Refused { error, .. }) => Some(error.to_string()),
+            Some(Failure::Lost(message)) => Some(message.clone()),
+            Some(Failure::Unreached(_)) => unreachable!("it was told above"),
+        };
+    }
+
+    /// Whether any node has ever answered, if only by a refusal.
+    pub(crate) fn is_reached(&self) -> bool {
+        self.lock().is_reached
+    }
+
+    /// Why no call succeeds, as far as is known: what a node said last, or else to which nodes there is no connection.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        let refusal = self.lock().refusal.clone();
+        refusal.or_else(|| self.unreached())
+    }
+
+    /// The nodes to which there was no connection when they were last asked, with the reasons, if there are any.
+    pub(crate) fn unreached(&self) -> Option<String> {
+        let state = self.lock();
+        let told: Vec<String> =
+            state.unreached.iter().map(|(address, why)| format!("{address} ({why})")).collect();
+        (!told.is_empty()).then(|| format!("no connection to {}", told.join(", ")))
+    }
+
+    /// The error of a call that reached nobody.
+    pub(crate) fn nobody(&self) -> ClientError {
+        let message = self.unreached().unwrap_or_else(|| "time ran out before any try".to_owned());
+        ClientError::Unavailable { message }
     }
 
     /// Whether a leader that was named may be gone to.

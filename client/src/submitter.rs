@@ -369,7 +369,10 @@ impl Driver {
         match entry.tries.after(&id, end) {
             Next::Answer(result) => {
                 link.useful = Instant::now();
-                self.failures = 0;
+                if self.failures > 0 {
+                    self.failures = 0;
+                    self.client.nodes().note(&self.address, None);
+                }
                 self.finish(&id, result);
             }
             Next::Again { pause, place } => {
@@ -397,7 +400,7 @@ impl Driver {
                     .note_loss(UndecidedState::Unknown, format!("no answer from {} in time", self.address));
             }
             if entry.deadline <= now {
-                let result = entry.tries.give_up();
+                let result = entry.tries.give_up(|| self.client.nodes().nobody());
                 self.finish(&id, result);
                 continue;
             }
@@ -442,8 +445,9 @@ impl Driver {
     /// Drops the stream. What was sent on it may have been proposed, unless the failure says otherwise.
     fn lose_link(&mut self, failure: Failure) {
         self.link = None;
+        self.client.nodes().note(&self.address, Some(&failure));
         let (place, advice) = match &failure {
-            Failure::Lost(_) | Failure::Final(_) => (Place::Other, None),
+            Failure::Lost(_) | Failure::Unreached(_) | Failure::Final(_) => (Place::Other, None),
             Failure::Refused { leader, retry_after, .. } => {
                 (leader.clone().map_or(Place::Other, Place::Leader), *retry_after)
             }
@@ -454,6 +458,7 @@ impl Driver {
                 Failure::Final(error) | Failure::Refused { error, .. } => {
                     entry.tries.note_refusal(error.clone())
                 }
+                Failure::Unreached(_) => {}
             }
             entry.state = State::Due;
             let deadline = entry.deadline;

@@ -283,6 +283,30 @@ async fn refusals_until_the_deadline_are_an_error_not_unknown() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn where_nobody_listens_the_error_names_every_address() {
+    let fake = Fake::new([]);
+    let client = fake.client(&["nobody:1", "away:2"], 500);
+    assert_eq!(client.trouble(), None);
+    let told = "no connection to away:2 (nobody listens there), nobody:1 (nobody listens there)";
+    let error = Err(ClientError::Unavailable { message: told.into() });
+    assert_eq!(client.submit(&batch()).await, error);
+    assert_eq!(client.get_batch("x", false, Duration::ZERO).await, error);
+    assert_eq!(client.submitter(8).submit(batch()).await.result, error);
+    assert_eq!((client.trouble().as_deref(), client.is_reached()), (Some(told), false));
+
+    // What a node says tells more, and an answer ends the trouble.
+    let fake = Fake::new(vec![Act::Refuse { leader: None }; 1000]);
+    let client = fake.client(&["nobody:1", "a:1"], 500);
+    let refused = client.submit(&batch()).await;
+    assert_eq!(refused, Err(ClientError::Unavailable { message: "no leader here".into() }));
+    assert_eq!(client.trouble().as_deref(), Some("no node is available: no leader here"));
+    assert!(client.is_reached());
+    fake.script("a:1", []);
+    client.submit(&batch()).await.unwrap();
+    assert_eq!(client.trouble().as_deref(), Some("no connection to nobody:1 (nobody listens there)"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn time_that_runs_out_after_a_try_is_unknown_never_aborted() {
     for act in [Act::NeverAnswer, Act::BareUnavailable, Act::Undecided, Act::LoseAnswer] {
         let mut acts = vec![act];

@@ -66,6 +66,7 @@ impl Tries {
                 };
                 self.again(retry_after, place)
             }
+            Failure::Unreached(_) => self.again(None, Place::Other),
             Failure::Lost(message) => {
                 self.note_loss(UndecidedState::Unknown, message);
                 self.again(None, Place::Other)
@@ -89,12 +90,12 @@ impl Tries {
         self.lost
     }
 
-    /// The answer when the caller's time has run out.
-    pub(crate) fn give_up(&mut self) -> Result<Outcome, ClientError> {
+    /// The answer when the caller's time has run out; `nobody` is the error if no node was reached.
+    pub(crate) fn give_up(&mut self, nobody: impl FnOnce() -> ClientError) -> Result<Outcome, ClientError> {
         match (self.doubt.take(), self.refusal.take()) {
             (Some((state, message)), _) => Ok(Outcome::Unknown { state, message }),
             (None, Some(error)) => Err(error),
-            (None, None) => Err(ClientError::Unavailable { message: "time ran out before any try".into() }),
+            (None, None) => Err(nobody()),
         }
     }
 
@@ -128,6 +129,10 @@ impl Tries {
 mod tests {
     use super::*;
 
+    fn nobody() -> ClientError {
+        ClientError::Unavailable { message: "no connection to n:1 (nobody listens there)".into() }
+    }
+
     fn lost() -> Result<Option<v1::Outcome>, Failure> {
         Err(Failure::Lost("the connection broke".into()))
     }
@@ -142,7 +147,10 @@ mod tests {
         let mut tries = Tries::default();
         let Next::Again { place, .. } = tries.after("a", refused()) else { panic!("there is time left") };
         assert_eq!(place, Place::Leader("n:2".into()));
-        assert!(matches!(tries.give_up(), Err(ClientError::Unavailable { .. })));
+        assert!(matches!(tries.after("a", Err(Failure::Unreached("away".into()))), Next::Again { .. }));
+        let said = ClientError::Unavailable { message: "no leader".into() };
+        assert_eq!(tries.give_up(nobody), Err(said), "what a node said tells more");
+        assert_eq!(Tries::default().give_up(nobody), Err(nobody()));
     }
 
     #[test]
@@ -150,7 +158,7 @@ mod tests {
         let mut tries = Tries::default();
         assert!(matches!(tries.after("a", lost()), Next::Again { .. }));
         assert!(matches!(tries.after("a", refused()), Next::Again { .. }));
-        assert!(matches!(tries.give_up(), Ok(Outcome::Unknown { .. })));
+        assert!(matches!(tries.give_up(nobody), Ok(Outcome::Unknown { .. })));
 
         let mut tries = Tries::default();
         tries.after("a", lost());
