@@ -1,6 +1,9 @@
 //! What the status of a cluster says as a whole: who leads, whether everybody takes part, whether everything is finished.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use anyhow::bail;
 use tokio::time::sleep;
@@ -82,6 +85,55 @@ pub async fn wait_whole(
         sleep(POLL).await;
     }
     bail!("the cluster isn't whole after {} s: {missing}", WHOLE_TIMEOUT.as_secs())
+}
+
+/// Waits until a node votes in each of its groups and has applied all that they had committed when this was asked. Gives the groups.
+pub async fn wait_caught_up(client: &Client, node: u64) -> anyhow::Result<Vec<u32>> {
+    let client = client.with_timeout(STATUS_TIMEOUT);
+    let started = Instant::now();
+    let mut goals = BTreeMap::new();
+    let mut missing = String::from("no node answers");
+    while started.elapsed() < WHOLE_TIMEOUT {
+        match client.status().await {
+            Ok(status) => {
+                if goals.is_empty() {
+                    goals = committed(&status);
+                }
+                match lags(&status, node, &goals) {
+                    Some(what) => missing = what,
+                    None => {
+                        let groups = replicas(&status).filter(|(replica, _)| replica.node_id == node);
+                        return Ok(groups.map(|(_, group)| group.group_id).collect());
+                    }
+                }
+            }
+            Err(error) => missing = error.to_string(),
+        }
+        sleep(POLL).await;
+    }
+    bail!("node {node} has not caught up after {} s: {missing}", WHOLE_TIMEOUT.as_secs())
+}
+
+/// Up to where each group has committed.
+fn committed(status: &StatusResponse) -> BTreeMap<u32, u64> {
+    let mut committed = BTreeMap::new();
+    for (_, replica) in replicas(status) {
+        let most = committed.entry(replica.group_id).or_default();
+        *most = replica.committed_index.max(*most);
+    }
+    committed
+}
+
+/// What a node lacks of having caught up, if anything.
+fn lags(status: &StatusResponse, node: u64, goals: &BTreeMap<u32, u64>) -> Option<String> {
+    let Some(said) = status.nodes.iter().find(|status| status.node_id == node && status.reachable) else {
+        return Some("it doesn't answer".to_owned());
+    };
+    let behind = said.groups.iter().find(|group| {
+        let goal = goals.get(&group.group_id).copied().unwrap_or_default();
+        !group.voters.contains(&node) || group.applied_index < goal
+    });
+    behind.map(|group| format!("{}: {} applied", group_name(group.group_id), group.applied_index))
 }
 
 /// The node that leads a group, and what else it leads.

@@ -5,7 +5,7 @@
 //! hidden flag `--ends-with-parent` of `verdict node`).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fs::{self, File, OpenOptions},
     io::{Read as _, Seek as _, SeekFrom},
     net::TcpListener,
@@ -40,6 +40,8 @@ pub struct Plan {
     pub shards: u32,
     /// Where the replicas of a group are; a group that isn't listed has one on every node. Group 0 is the coordinator.
     pub place: BTreeMap<u32, Vec<u64>>,
+    /// How many more nodes there may be later, each in the place of another: they have an id and addresses from the start.
+    pub spares: u64,
     /// Whether each node has an address of its own for what goes out, and others reach it at yet another address (see
     /// [`Addresses`]): so that a proxy can stand between.
     pub proxied: bool,
@@ -58,6 +60,11 @@ pub struct Addresses {
 #[derive(Debug)]
 pub struct Cluster {
     processes: Vec<Process>,
+    /// Those that were replaced.
+    gone: Vec<Process>,
+    /// The ids and addresses of the spare nodes.
+    spares: VecDeque<(u64, Addresses)>,
+    folder: PathBuf,
     plan: Plan,
 }
 
@@ -78,48 +85,79 @@ struct Process {
 impl Cluster {
     /// Writes the configurations into a folder. Nothing is started yet.
     pub fn prepare(folder: &Path, plan: Plan) -> anyhow::Result<Cluster> {
-        let count = usize::try_from(plan.nodes).context("count the nodes")?;
+        let count = usize::try_from(plan.nodes + plan.spares).context("count the nodes")?;
         let ports = free_ports(count)?;
-        let addresses: Vec<Addresses> =
-            (1..).zip(ports).map(|(node, port)| plan.addresses(node, port)).collect();
-        let public = |(node, addresses): (u64, &Addresses)| (node.to_string(), addresses.public.clone());
-        let list: BTreeMap<String, String> = (1..).zip(&addresses).map(public).collect();
-        let mut processes = Vec::new();
-        for (node, addresses) in (1..).zip(addresses) {
-            let path = |name: String| folder.join(name);
-            let (data, file) = (path(format!("node-{node}")), path(format!("node-{node}.toml")));
-            let mut config =
-                Config::new(&plan.name, node, &addresses.listen, data.clone(), plan.shards, list.clone());
-            if plan.proxied {
-                config.connect_from = Some(source_address(node).parse().context("make an address")?);
-            }
-            for (group, nodes) in &plan.place {
-                match group {
-                    0 => config.coordinators.clone_from(nodes),
-                    shard => {
-                        config.shard_replicas.insert(shard.to_string(), nodes.clone());
-                    }
+        let mut all = (1..).zip(ports).map(|(node, port)| (node, plan.addresses(node, port)));
+        let founders = usize::try_from(plan.nodes).context("count the nodes")?;
+        let nodes: Vec<(u64, Addresses)> = all.by_ref().take(founders).collect();
+        let spares = all.collect();
+        let mut cluster =
+            Cluster { processes: Vec::new(), gone: Vec::new(), spares, folder: folder.to_owned(), plan };
+        let list = listed(nodes.iter().map(|(node, addresses)| (*node, addresses)));
+        for (node, addresses) in nodes {
+            let process = cluster.prepare_node(node, addresses, list.clone(), false)?;
+            cluster.processes.push(process);
+        }
+        Ok(cluster)
+    }
+
+    /// Writes the configuration of a node.
+    fn prepare_node(
+        &self,
+        node: u64,
+        addresses: Addresses,
+        list: BTreeMap<String, String>,
+        join: bool,
+    ) -> anyhow::Result<Process> {
+        let path = |name: String| self.folder.join(name);
+        let (data, file) = (path(format!("node-{node}")), path(format!("node-{node}.toml")));
+        let plan = &self.plan;
+        let mut config = Config::new(&plan.name, node, &addresses.listen, data.clone(), plan.shards, list);
+        config.join = join;
+        if plan.proxied {
+            config.connect_from = Some(source_address(node).parse().context("make an address")?);
+        }
+        for (group, nodes) in &plan.place {
+            match group {
+                0 => config.coordinators.clone_from(nodes),
+                shard => {
+                    config.shard_replicas.insert(shard.to_string(), nodes.clone());
                 }
             }
-            config.check()?;
-            fs::create_dir_all(&data).with_context(|| format!("make {}", data.display()))?;
-            fs::write(&file, toml::to_string(&config).context("write a configuration")?)
-                .with_context(|| format!("write {}", file.display()))?;
-            let log = path(format!("node-{node}.log"));
-            let environment = Vec::new();
-            let (child, lifeline) = (None, None);
-            processes.push(Process {
-                node,
-                addresses,
-                config: file,
-                data,
-                log,
-                environment,
-                child,
-                lifeline,
-            });
         }
-        Ok(Cluster { processes, plan })
+        config.check()?;
+        fs::create_dir_all(&data).with_context(|| format!("make {}", data.display()))?;
+        fs::write(&file, toml::to_string(&config).context("write a configuration")?)
+            .with_context(|| format!("write {}", file.display()))?;
+        let (log, environment) = (path(format!("node-{node}.log")), Vec::new());
+        let (child, lifeline) = (None, None);
+        Ok(Process { node, addresses, config: file, data, log, environment, child, lifeline })
+    }
+
+    /// Removes a node that doesn't run, disk and all, and prepares a spare one in its place, on an empty disk. Gives the spare's
+    /// id. It isn't started yet, and the others don't know of it.
+    pub fn replace(&mut self, old: u64) -> anyhow::Result<u64> {
+        anyhow::ensure!(self.find(old)?.child.is_none(), "node {old} still runs");
+        let (new, addresses) = self.spares.pop_front().context("there is no spare node left")?;
+        let (gone, stay) = std::mem::take(&mut self.processes).into_iter().partition(|it| it.node == old);
+        self.processes = stay;
+        for process in &gone {
+            fs::remove_dir_all(&process.data).with_context(|| format!("remove the disk of node {old}"))?;
+        }
+        self.gone.extend(gone);
+        for node in self.plan.place.values_mut().flatten().filter(|node| **node == old) {
+            *node = new;
+        }
+        let others = self.processes.iter().map(|process| (process.node, &process.addresses));
+        let list = listed(others.chain([(new, &addresses)]));
+        let process = self.prepare_node(new, addresses, list, true)?;
+        self.processes.push(process);
+        Ok(new)
+    }
+
+    /// The ids and addresses of the spare nodes that are left.
+    pub fn spares(&self) -> impl Iterator<Item = &(u64, Addresses)> {
+        self.spares.iter()
     }
 
     /// The ids of the nodes.
@@ -255,7 +293,7 @@ impl Cluster {
     /// The ends of the nodes' logs, for people who look for what went wrong.
     pub fn log_tails(&self) -> String {
         let mut text = String::new();
-        for process in &self.processes {
+        for process in self.gone.iter().chain(&self.processes) {
             let tail = tail(&process.log).unwrap_or_default();
             if !tail.trim().is_empty() {
                 text += &format!("--- the end of {}\n{}\n", process.log.display(), tail.trim_end());
@@ -307,6 +345,11 @@ impl Plan {
             },
         }
     }
+}
+
+/// The table `[nodes]` of a configuration.
+fn listed<'a>(nodes: impl Iterator<Item = (u64, &'a Addresses)>) -> BTreeMap<String, String> {
+    nodes.map(|(node, addresses)| (node.to_string(), addresses.public.clone())).collect()
 }
 
 /// From where a node of a proxied cluster connects. (All of 127.0.0.0/8 is this machine.)

@@ -65,43 +65,56 @@ fn parse_node(text: &str) -> Result<(u64, String), String> {
 /// Runs a command.
 pub async fn run(client: &Client, command: MemberCommand, as_json: bool) -> anyhow::Result<()> {
     let within = |patience| Instant::now() + Duration::from_secs(patience);
+    let tell = |line: &str| println!("{line}");
     match command {
         MemberCommand::List => {
             let members = client.members().await?;
             if as_json { show(&json(&members)) } else { list(&members.view.unwrap_or_default()) }
         }
         MemberCommand::Add { node: (node, address), patience } => {
-            let change = Change { client, add: Some(node), remove: None, deadline: within(patience) };
+            let change =
+                Change { client, add: Some(node), remove: None, deadline: within(patience), tell: &tell };
             let hosted = change.let_in(node, &address).await?;
             change.in_groups(&hosted).await?;
             println!("node {node} is a member");
             Ok(())
         }
         MemberCommand::Remove { node, patience } => {
-            let change = Change { client, add: None, remove: Some(node), deadline: within(patience) };
+            let change =
+                Change { client, add: None, remove: Some(node), deadline: within(patience), tell: &tell };
             let groups = groups_of(&known(client, node).await?, node);
             change.in_groups(&groups).await?;
             change.note_removed(node).await
         }
         MemberCommand::Replace { old, new: (new, address), patience } => {
-            ensure!(
-                old != new,
-                "a node can't take its own place: the new one needs an id that was never used"
-            );
-            let change = Change { client, add: Some(new), remove: Some(old), deadline: within(patience) };
-            let view = known(client, old).await?;
-            let hosted = change.let_in(new, &address).await?;
-            let groups = groups_of(&view, old);
-            let missing: Vec<&u32> = groups.difference(&hosted).collect();
-            ensure!(
-                missing.is_empty(),
-                "node {old} has replicas of groups {missing:?} and node {new} is not set up for them: name it in `coordinators` or \
-                 [shard_replicas] of its configuration"
-            );
-            change.in_groups(&groups).await?;
-            change.note_removed(old).await
+            replace(client, old, (new, &address), within(patience), &tell).await.map(drop)
         }
     }
+}
+
+/// Lets a new node take the place of another, in each of its groups, and tells each step. Gives these groups. What was done already
+/// isn't done again.
+pub async fn replace(
+    client: &Client,
+    old: u64,
+    (new, address): (u64, &str),
+    deadline: Instant,
+    tell: &(dyn Fn(&str) + Sync),
+) -> anyhow::Result<BTreeSet<u32>> {
+    ensure!(old != new, "a node can't take its own place: the new one needs an id that was never used");
+    let change = Change { client, add: Some(new), remove: Some(old), deadline, tell };
+    let view = known(client, old).await?;
+    let hosted = change.let_in(new, address).await?;
+    let groups = groups_of(&view, old);
+    let missing: Vec<&u32> = groups.difference(&hosted).collect();
+    ensure!(
+        missing.is_empty(),
+        "node {old} has replicas of groups {missing:?} and node {new} is not set up for them: name it in `coordinators` or \
+         [shard_replicas] of its configuration"
+    );
+    change.in_groups(&groups).await?;
+    change.note_removed(old).await?;
+    Ok(groups)
 }
 
 /// One change, on its way.
@@ -110,12 +123,14 @@ struct Change<'a> {
     add: Option<u64>,
     remove: Option<u64>,
     deadline: Instant,
+    /// Hears of each step.
+    tell: &'a (dyn Fn(&str) + Sync),
 }
 
 impl Change<'_> {
     /// Writes the new node into the list. Gives the groups of which it has a replica.
     async fn let_in(&self, node: u64, address: &str) -> anyhow::Result<BTreeSet<u32>> {
-        println!("node {node} at {address}: let in");
+        (self.tell)(&format!("node {node} at {address}: let in"));
         let answer = self.client.change_node(node, address, false).await;
         let answer = answer.with_context(|| format!("let node {node} in"))?;
         ensure!(!answer.groups.is_empty(), "node {node} has no replica of any group: see its configuration");
@@ -141,7 +156,7 @@ impl Change<'_> {
         loop {
             let step = match self.client.change_replica(group, self.add, self.remove).await {
                 Ok(answer) if answer.done => {
-                    println!("group {group}: done");
+                    (self.tell)(&format!("group {group}: done"));
                     return Ok(());
                 }
                 Ok(answer) => answer.step,
@@ -149,7 +164,7 @@ impl Change<'_> {
                 Err(error) => bail!("group {group}: {error}"),
             };
             if step != told {
-                println!("group {group}: {step}");
+                (self.tell)(&format!("group {group}: {step}"));
                 told = step;
             }
             ensure!(Instant::now() < self.deadline, "group {group}: not done in time: {told}");
@@ -161,7 +176,7 @@ impl Change<'_> {
         loop {
             match self.client.change_node(node, "", true).await {
                 Ok(_) => {
-                    println!("node {node} is removed; its id is never used again");
+                    (self.tell)(&format!("node {node} is removed; its id is never used again"));
                     return Ok(());
                 }
                 Err(ClientError::Unavailable { .. }) if Instant::now() < self.deadline => {

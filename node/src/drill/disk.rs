@@ -18,6 +18,8 @@ const LIBRARY: &str = "libverdict_disk.so";
 /// The disks of all nodes.
 #[derive(Debug)]
 pub struct Disks {
+    folder: PathBuf,
+    library: PathBuf,
     controls: BTreeMap<u64, PathBuf>,
 }
 
@@ -30,16 +32,22 @@ impl Disks {
                  `cargo build -p verdict-disk` (with --release for a release build)"
             )
         })?;
-        let mut controls = BTreeMap::new();
+        let mut disks = Disks { folder: folder.to_owned(), library, controls: BTreeMap::new() };
         for node in cluster.nodes() {
-            let control = folder.join(format!("node-{node}.disk"));
-            let data = cluster.data(node)?.to_path_buf();
-            cluster.set_environment(node, "LD_PRELOAD", &library.to_string_lossy())?;
-            cluster.set_environment(node, "VERDICT_DISK_FOLDER", &data.to_string_lossy())?;
-            cluster.set_environment(node, "VERDICT_DISK_CONTROL", &control.to_string_lossy())?;
-            controls.insert(node, control);
+            disks.add(node, cluster)?;
         }
-        Ok(Disks { controls })
+        Ok(disks)
+    }
+
+    /// Puts the library under a node, from its next start on.
+    pub fn add(&mut self, node: u64, cluster: &mut Cluster) -> anyhow::Result<()> {
+        let control = self.folder.join(format!("node-{node}.disk"));
+        let data = cluster.data(node)?.to_path_buf();
+        cluster.set_environment(node, "LD_PRELOAD", &self.library.to_string_lossy())?;
+        cluster.set_environment(node, "VERDICT_DISK_FOLDER", &data.to_string_lossy())?;
+        cluster.set_environment(node, "VERDICT_DISK_CONTROL", &control.to_string_lossy())?;
+        self.controls.insert(node, control);
+        Ok(())
     }
 
     /// Says what the disks of these nodes shall be like. Nothing: well.

@@ -181,7 +181,7 @@ fn event_report(record: &Record, place: usize) -> EventReport {
         }
         .to_owned(),
         impaired: event.impaired.iter().copied().collect(),
-        without_majority: without_majority(record, &event.impaired),
+        without_majority: without_majority(record, place),
         without_commits_seconds: pause.seconds,
         commits_again_at: pause.end,
         resolved_seconds: resolved.map(|at| at - event.at),
@@ -244,20 +244,29 @@ fn resolved_at(record: &Record, event: &Event, pause: &Pause) -> Option<f64> {
     record.doubts.iter().filter(|doubt| doubt.at >= cutoff).find(clear).map(|doubt| doubt.at)
 }
 
-/// The groups that have no majority while these nodes can't take part.
-fn without_majority(record: &Record, impaired: &BTreeSet<u64>) -> Vec<u32> {
+/// The groups that have no majority after an event.
+fn without_majority(record: &Record, place: usize) -> Vec<u32> {
+    let done = &record.events[..=place];
+    let replaced: BTreeMap<u64, u64> = done.iter().filter_map(|event| event.replaced).collect();
+    // A new node may have been replaced in its turn.
+    let now = |node: &u64| std::iter::successors(Some(*node), |node| replaced.get(node).copied()).last();
     let lost = record.replicas.iter().filter(|(_, nodes)| {
-        let up = nodes.iter().filter(|node| !impaired.contains(node)).count();
+        let up = nodes.iter().filter_map(now).filter(|node| !done[place].impaired.contains(node)).count();
         2 * up <= nodes.len()
     });
     lost.map(|(group, _)| *group).collect()
 }
 
-/// When, after an event, every group had a majority again.
+/// When, after an event, every group had a majority (again).
 fn majority_at(record: &Record, place: usize) -> Option<f64> {
-    let back =
-        record.events[place..].iter().find(|event| without_majority(record, &event.impaired).is_empty());
-    back.map(|event| event.done)
+    let has_majority = |place: usize| without_majority(record, place).is_empty();
+    // A repair takes nothing away: a majority that was there before it is there while it is done.
+    let event = &record.events[place];
+    let was_there = place.checked_sub(1).is_none_or(has_majority);
+    if event.kind == EventKind::Repair && was_there && has_majority(place) {
+        return Some(event.at);
+    }
+    (place..record.events.len()).find(|place| has_majority(*place)).map(|place| record.events[place].done)
 }
 
 // --- Promises ---
@@ -381,13 +390,18 @@ fn durable(record: &Record) -> Promise {
             compare(&mut stands, record, *number, said, &format!("node {node}"));
         }
     }
+    let disks_lost = record.events.iter().filter(|event| event.replaced.is_some()).count();
+    let disks = match disks_lost {
+        0 => "no disk was lost".to_owned(),
+        1 => "one disk was lost for good".to_owned(),
+        count => format!("{count} disks were lost for good"),
+    };
     let mut notes = Vec::new();
     match deaths.is_empty() {
         true => notes.push("no process died in this scenario".to_owned()),
-        false => notes.push(
-            "processes died; power was not cut, so what the system had taken it kept, and no disk was lost"
-                .to_owned(),
-        ),
+        false => notes.push(format!(
+            "processes died; power was not cut, so what the system had taken it kept, and {disks}"
+        )),
     }
     let says = "What was answered survives the loss of power of all, and of a minority for good.";
     Promise::new("G4", "Durable", says, vec![stands], notes)
@@ -601,7 +615,7 @@ fn deterministic(record: &Record) -> Promise {
 fn shards_away(record: &Record) -> Vec<(f64, f64, u32)> {
     let mut away = Vec::new();
     for (place, event) in record.events.iter().enumerate() {
-        let lost = without_majority(record, &event.impaired);
+        let lost = without_majority(record, place);
         let until = record.events[place + 1..].first().map_or(record.load_seconds, |next| next.at);
         let others_go_on = !lost.contains(&0) && lost.len() + 1 < record.replicas.len();
         if others_go_on && until - event.done >= AWAY_MIN_SECONDS {
@@ -717,6 +731,7 @@ pub(crate) mod tests {
             what: what.to_owned(),
             kind,
             impaired: impaired.iter().copied().collect(),
+            replaced: None,
             troubles: Vec::new(),
         };
         let doubt = |at, since: &[f64]| Doubt { at, since: since.to_vec(), complete: true };
@@ -898,6 +913,27 @@ pub(crate) mod tests {
         assert_eq!(report.events[0].without_majority, [0, 1, 2]);
         assert!(report.events[0].without_commits_seconds > 17.0, "{:?}", report.events[0]);
         assert!(report.events[0].resolved_after_majority_seconds.unwrap() < 3.0, "{:?}", report.events[0]);
+    }
+
+    #[test]
+    fn a_node_that_has_taken_the_place_of_another_counts_for_the_majority() {
+        let mut record = example();
+        record.load_seconds = 30.0;
+        record.events[1].done = 28.0;
+        record.events[1].replaced = Some((1, 4));
+        // While it caught up nothing was committed, though two of three were there.
+        for batch in record.batches.iter_mut().filter(|batch| batch.sent > 7.5) {
+            batch.answers[0].at = 20.0;
+        }
+        assert_eq!(violated(&record), ["G8"]);
+        let mut record = example();
+        record.events[1].replaced = Some((1, 4));
+        let kill = Event { at: 8.0, done: 8.0, impaired: [2, 4].into(), ..record.events[0].clone() };
+        record.events.push(kill);
+        let report = evaluate(&record, given());
+        assert_eq!(report.events[1].without_majority, [] as [u32; 0]);
+        assert_eq!(report.events[2].without_majority, [0, 1, 2], "node 4 counts instead of node 1");
+        assert!(report.promises[3].notes[0].contains("one disk was lost for good"), "{report:?}");
     }
 
     #[test]

@@ -43,10 +43,12 @@ impl Field {
             nodes: scenario.nodes,
             shards: scenario.shards,
             place: scenario.place.clone(),
+            spares: scenario.replacements().len() as u64,
             proxied: true,
         };
         let mut cluster = Cluster::prepare(folder.path(), plan)?;
-        let addresses: Vec<_> = cluster.nodes().into_iter().zip(cluster.addresses()).collect();
+        let nodes = cluster.nodes().into_iter().zip(cluster.addresses());
+        let addresses: Vec<_> = nodes.chain(cluster.spares().cloned()).collect();
         let network = Network::start(&addresses).await.context("start the network between the nodes")?;
         let disks = match scenario.steps.iter().any(|step| step.action.needs_disk()) {
             true => Some(Disks::prepare(folder.path(), &mut cluster)?),
@@ -71,6 +73,17 @@ impl Field {
                 local.cluster.nodes().into_iter().zip(addresses).collect()
             }
             Field::Compose(compose) => compose.addresses(),
+        }
+    }
+
+    /// The spare nodes, which take the place of others later, and where this program asks each about itself.
+    pub fn spares(&self) -> Vec<(u64, String)> {
+        match self {
+            Field::Local(local) => {
+                let spares = local.cluster.spares();
+                spares.map(|(node, addresses)| (*node, addresses.listen.clone())).collect()
+            }
+            Field::Compose(compose) => compose.spares(),
         }
     }
 
@@ -116,6 +129,24 @@ impl Field {
         match self {
             Field::Local(local) => local.cluster.start(node),
             Field::Compose(compose) => compose.each(&["start"], &[node]).await,
+        }
+    }
+
+    /// Removes a node that doesn't run, disk and all, and starts a spare one on an empty disk, which waits to be let in. Gives the
+    /// spare's id, and where the others reach it.
+    pub async fn replace(&mut self, old: u64) -> anyhow::Result<(u64, String)> {
+        match self {
+            Field::Local(local) => {
+                let new = local.cluster.replace(old)?;
+                if let Some(disks) = &mut local.disks {
+                    disks.add(new, &mut local.cluster)?;
+                }
+                local.cluster.start(new)?;
+                let nodes = local.cluster.nodes().into_iter().zip(local.cluster.addresses());
+                let address = nodes.into_iter().find(|(node, _)| *node == new);
+                Ok((new, address.context("the new node has no address")?.1.public))
+            }
+            Field::Compose(compose) => compose.replace(old).await,
         }
     }
 

@@ -111,9 +111,10 @@ fn marks(report: &Report) -> Vec<Mark> {
     numbered(report).map(mark).collect()
 }
 
-/// The times in which a node could not take part.
+/// The times in which a node could not take part: until the next event, or until it is mended.
 fn shaded(report: &Report) -> Vec<(f64, f64)> {
-    let ends = report.events.iter().skip(1).map(|event| event.at).chain([report.load.seconds]);
+    let end = |event: &EventReport| if event.kind == "repair" { event.done_at } else { event.at };
+    let ends = report.events.iter().skip(1).map(end).chain([report.load.seconds]);
     let stretches = report.events.iter().zip(ends).filter(|(event, _)| !event.impaired.is_empty());
     stretches.map(|(event, end)| (event.at, end)).collect()
 }

@@ -265,11 +265,15 @@ async fn run_one(args: &DrillArgs, mut scenario: Scenario) -> anyhow::Result<End
         true => {
             let compose = Compose::find().await?;
             scenario.shards = compose.shards();
-            scenario.check_for(&compose.nodes())?;
+            let spares: Vec<u64> = compose.spares().into_iter().map(|(node, _)| node).collect();
+            scenario.check_for(&compose.nodes(), &spares)?;
+            compose.check(&scenario).await?;
             Field::Compose(compose)
         }
         false => {
-            scenario.check_for(&(1..=scenario.nodes).collect::<Vec<u64>>())?;
+            let spares = scenario.nodes + scenario.replacements().len() as u64;
+            let ids = |from: u64, to: u64| (from..=to).collect::<Vec<u64>>();
+            scenario.check_for(&ids(1, scenario.nodes), &ids(scenario.nodes + 1, spares))?;
             Field::local(&folder, &scenario).await?
         }
     };
@@ -307,11 +311,12 @@ async fn drill(
     field: &tokio::sync::Mutex<Field>,
 ) -> anyhow::Result<Report> {
     let began = Instant::now();
-    let (client, addresses, direct, name) = {
+    let (client, addresses, nodes, watched, name) = {
         let mut field = field.lock().await;
         let client = field::client(&field)?;
         field.start(&client).await.context("start the nodes")?;
-        (client, field.public_addresses(), field.direct_addresses(), field.name())
+        let watched = [field.direct_addresses(), field.spares()].concat();
+        (client, field.public_addresses(), field.nodes().len(), watched, field.name())
     };
     crate::err!("{}: {}", scenario.name, scenario.title);
     crate::err!("{name} are up after {:.1} s", began.elapsed().as_secs_f64());
@@ -325,8 +330,10 @@ async fn drill(
 
     let began_at = SystemTime::now();
     load.begin();
-    let played = play(scenario, field, &client, &load, &direct).await?;
+    let played = play(scenario, field, &client, &load, &watched).await?;
     crate::err!("the load has ended; checking every answer");
+    // Those that are members now.
+    let direct = field.lock().await.direct_addresses();
     let position = before.positions.iter().copied().max().unwrap_or_default();
     let asked = audit(&load, &book, &client, &direct, &played.seen.batches, position).await;
     let record = Record {
@@ -357,7 +364,7 @@ async fn drill(
         title: scenario.title.clone(),
         about: scenario.about.clone(),
         cluster: name,
-        nodes: direct.len() as u64,
+        nodes: nodes as u64,
         shards: scenario.shards,
         load: LoadReport { clients: args.clients as usize, seed, ..LoadReport::default() },
         ..Report::default()
@@ -378,7 +385,7 @@ async fn play(
     field: &tokio::sync::Mutex<Field>,
     client: &Client,
     load: &Load<'_>,
-    direct: &[(u64, String)],
+    watched: &[(u64, String)],
 ) -> anyhow::Result<Played> {
     let screen = Screen::new(scenario.seconds);
     let impaired = Mutex::new(BTreeSet::new());
@@ -387,7 +394,7 @@ async fn play(
     let memory = |node: u64| field.try_lock().ok().and_then(|field| field.memory(node));
     let player =
         Player { field, shards: scenario.shards, client, load, screen: &screen, impaired: &impaired };
-    let watch = Watch { nodes: direct, impaired: &impaired, memory: &memory, load, ended: &over };
+    let watch = Watch { nodes: watched, impaired: &impaired, memory: &memory, load, ended: &over };
     let playing = async {
         let events = player.play(scenario).await;
         load.end();

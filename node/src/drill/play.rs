@@ -17,11 +17,16 @@ use super::{
     scenario::{Action, Scenario, Step, Target, Way, When},
     screen::Screen,
 };
-use crate::cluster_state::{self, group_name, group_names};
+use crate::{
+    cluster_state::{self, group_name, group_names},
+    ctl::member,
+};
 
 /// How long a leader may take to be another one, when it is asked to move.
 const MOVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often it is asked whether it has.
+/// How long a new node may take to be let in everywhere: it is sent all that its groups hold.
+const REPLACE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often something is asked for again.
 const POLL: Duration = Duration::from_millis(100);
 
 /// Plays a scenario.
@@ -36,7 +41,7 @@ pub struct Player<'a> {
     pub load: &'a Load<'a>,
     /// The screen.
     pub screen: &'a Screen,
-    /// The nodes that can't take part at the moment.
+    /// The nodes that can't take part at the moment, those included that were replaced or may take the place of others later.
     pub impaired: &'a Mutex<BTreeSet<u64>>,
 }
 
@@ -51,9 +56,25 @@ struct State {
     slow: BTreeSet<u64>,
     full: BTreeSet<u64>,
     slow_disks: BTreeSet<u64>,
+    /// Spare nodes that are no members yet, and members that were replaced.
+    outside: BTreeSet<u64>,
 }
 
 impl State {
+    /// A node has gone for good: nothing of it is to be mended.
+    fn forget(&mut self, node: u64) {
+        for set in [
+            &mut self.down,
+            &mut self.paused,
+            &mut self.cut,
+            &mut self.slow,
+            &mut self.full,
+            &mut self.slow_disks,
+        ] {
+            set.remove(&node);
+        }
+    }
+
     fn impaired(&self) -> BTreeSet<u64> {
         [&self.down, &self.paused, &self.cut, &self.full].into_iter().flatten().copied().collect()
     }
@@ -63,7 +84,10 @@ impl Player<'_> {
     /// Plays all steps, and in the end mends what is still broken. Gives what was done.
     pub async fn play(&self, scenario: &Scenario) -> anyhow::Result<Vec<Event>> {
         let mut events = Vec::new();
-        let mut state = State::default();
+        let spares = self.field.lock().await.spares();
+        let outside = spares.into_iter().map(|(node, _)| node).collect();
+        let mut state = State { outside, ..State::default() };
+        self.set_impaired(&state);
         let mut ended = self.load.began();
         for step in &scenario.steps {
             let due = match step.when {
@@ -71,8 +95,8 @@ impl Player<'_> {
                 When::After(after) => ended + after,
             };
             sleep(due.saturating_duration_since(Instant::now())).await;
-            let event = self.step(step, &mut state).await;
-            events.push(event.with_context(|| format!("line {}: {}", step.line, step.text))?);
+            let done = self.step(step, &mut state).await;
+            events.extend(done.with_context(|| format!("line {}: {}", step.line, step.text))?);
             ended = Instant::now();
         }
         // What the scenario leaves broken stays so until the load ends.
@@ -84,7 +108,10 @@ impl Player<'_> {
         Ok(events)
     }
 
-    async fn step(&self, step: &Step, state: &mut State) -> anyhow::Result<Event> {
+    async fn step(&self, step: &Step, state: &mut State) -> anyhow::Result<Vec<Event>> {
+        if let Action::Replace(target) = &step.action {
+            return self.replace(step, target, state).await;
+        }
         let at = self.load.now();
         let mut troubles = Vec::new();
         let (what, kind) = match &step.action {
@@ -107,14 +134,87 @@ impl Player<'_> {
                 done
             }
         };
-        let impaired = state.impaired();
-        self.set_impaired(&impaired);
-        let done = self.load.now();
-        let event = Event { at, done, step: step.text.clone(), what, kind, impaired, troubles };
+        self.set_impaired(state);
+        let event = Event { kind, troubles, ..self.event(at, step, what, state) };
+        let done = event.done;
         if kind == EventKind::Wait {
             self.screen.say(&format!("{done:>6.1} s  {}", event.what));
         }
-        Ok(event)
+        Ok(vec![event])
+    }
+
+    /// A repair that has just been done; the caller changes what is otherwise.
+    fn event(&self, at: f64, step: &Step, what: String, state: &State) -> Event {
+        Event {
+            at,
+            done: self.load.now(),
+            step: step.text.clone(),
+            what,
+            kind: EventKind::Repair,
+            impaired: state.impaired(),
+            replaced: None,
+            troubles: Vec::new(),
+        }
+    }
+
+    /// Takes a node away for good, process and disk, and lets a new one take its place. `it` is the new one then.
+    async fn replace(&self, step: &Step, target: &Target, state: &mut State) -> anyhow::Result<Vec<Event>> {
+        let (nodes, who) = self.find(target, state).await?;
+        let [old] = nodes[..] else { bail!("one node can be replaced at a time, not {who}") };
+        let mut events = Vec::new();
+        state.forget(old);
+        state.down.insert(old);
+        self.set_impaired(state);
+        let mut field = self.field.lock().await;
+        if field.runs(old).await? {
+            let (at, what) = (self.load.now(), format!("kill -9 for good: {who}"));
+            self.screen.say(&format!("{at:>6.1} s  {what}"));
+            field.kill(&[old]).await?;
+            events
+                .push(Event { kind: EventKind::Fault { kills: true }, ..self.event(at, step, what, state) });
+        }
+        let at = self.load.now();
+        let (new, address) = field.replace(old).await?;
+        drop(field);
+        let what = format!("node {new} takes the place of node {old}, whose disk is lost");
+        self.screen.say(&format!("{at:>6.1} s  {what}"));
+        let began = Instant::now();
+        let let_in = self.let_in(old, new, &address).await;
+        state.down.remove(&old);
+        state.outside.remove(&new);
+        state.outside.insert(old);
+        state.it = vec![new];
+        self.set_impaired(state);
+        let event = match let_in {
+            Ok(groups) => {
+                let (count, seconds) = (groups.len(), began.elapsed().as_secs_f64());
+                let plural = if count == 1 { "" } else { "s" };
+                let end = format!("it votes in {count} group{plural} and has caught up after {seconds:.1} s");
+                self.screen.say(&format!("{:>6.1} s  node {new}: {end}", self.load.now()));
+                let what = format!("{what}: {end}");
+                Event { replaced: Some((old, new)), ..self.event(at, step, what, state) }
+            }
+            Err(error) => {
+                let trouble = format!("node {new} could not take the place of node {old}: {error:#}");
+                self.screen.say(&format!("{:>6.1} s  {trouble}", self.load.now()));
+                Event { troubles: vec![trouble], ..self.event(at, step, what, state) }
+            }
+        };
+        events.push(event);
+        Ok(events)
+    }
+
+    /// Lets a new node into all groups of another, as `verdict ctl member replace` does, and waits until it has caught up.
+    async fn let_in(&self, old: u64, new: u64, address: &str) -> anyhow::Result<Vec<u32>> {
+        let deadline = Instant::now() + REPLACE_TIMEOUT;
+        // It has only just been started, and groups may be without a leader: the same is asked for again.
+        while let Err(error) = member::replace(self.client, old, (new, address), deadline, &|_| ()).await {
+            if Instant::now() >= deadline {
+                return Err(error);
+            }
+            sleep(POLL).await;
+        }
+        cluster_state::wait_caught_up(self.client, new).await
     }
 
     /// Does something to nodes. Gives what it was, for people.
@@ -137,7 +237,7 @@ impl Player<'_> {
         match action {
             Action::Kill(_) => {
                 state.down.extend(&set);
-                self.set_impaired(&state.impaired());
+                self.set_impaired(state);
                 let said = say(format!("kill -9: {who}"), killing);
                 field.kill(nodes).await?;
                 state.paused.retain(|node| !set.contains(node));
@@ -145,7 +245,7 @@ impl Player<'_> {
             }
             Action::Stop(_) => {
                 state.down.extend(&set);
-                self.set_impaired(&state.impaired());
+                self.set_impaired(state);
                 let said = say(format!("stop in order: {who}"), killing);
                 field.stop(nodes).await?;
                 Ok(said)
@@ -164,7 +264,7 @@ impl Player<'_> {
                 };
                 if restarts {
                     state.down.extend(&running);
-                    self.set_impaired(&state.impaired());
+                    self.set_impaired(state);
                     field.stop(&running).await?;
                 }
                 for node in nodes {
@@ -177,7 +277,7 @@ impl Player<'_> {
             }
             Action::Pause(_) => {
                 state.paused.extend(&set);
-                self.set_impaired(&state.impaired());
+                self.set_impaired(state);
                 let said = say(format!("pause: {who}"), fault);
                 field.pause(nodes).await?;
                 Ok(said)
@@ -190,7 +290,7 @@ impl Player<'_> {
             }
             Action::CutOff(_, way) => {
                 state.cut.extend(&set);
-                self.set_impaired(&state.impaired());
+                self.set_impaired(state);
                 let said = say(format!("cut off {}: {who}", way_name(*way)), fault);
                 field.cut_off(nodes, *way).await?;
                 Ok(said)
@@ -217,7 +317,7 @@ impl Player<'_> {
             Action::FillDisk(_) => {
                 // A node whose writes fail stops for good.
                 state.full.extend(&set);
-                self.set_impaired(&state.impaired());
+                self.set_impaired(state);
                 let said = say(format!("disk full: {who}"), killing);
                 field.fill_disk(nodes)?;
                 Ok(said)
@@ -233,10 +333,9 @@ impl Player<'_> {
                 }
                 Ok(said)
             }
-            Action::Replace(_) => {
-                bail!("this program can't replace a node yet");
+            Action::Replace(_) | Action::MoveLeader(_) | Action::WaitWhole => {
+                bail!("this step is done elsewhere")
             }
-            Action::MoveLeader(_) | Action::WaitWhole => bail!("this step has no target"),
         }
     }
 
@@ -350,8 +449,8 @@ impl Player<'_> {
         if !mended.is_empty() {
             self.screen.say(&format!("{at:>6.1} s  what is still broken is {}", mended.join(", ")));
         }
-        *state = State::default();
-        self.set_impaired(&BTreeSet::new());
+        *state = State { outside: std::mem::take(&mut state.outside), ..State::default() };
+        self.set_impaired(state);
         if let Err(error) = self.wait_whole().await {
             troubles.push(error.to_string());
         }
@@ -362,12 +461,22 @@ impl Player<'_> {
             true => "the end of the load".to_owned(),
             false => format!("at the end, what is still broken is {}", mended.join(", ")),
         };
-        let (step, impaired) = ("at the end".to_owned(), BTreeSet::new());
-        Ok(Some(Event { at, done: self.load.now(), step, what, kind: EventKind::Repair, impaired, troubles }))
+        let step = "at the end".to_owned();
+        Ok(Some(Event {
+            at,
+            done: self.load.now(),
+            step,
+            what,
+            kind: EventKind::Repair,
+            impaired: BTreeSet::new(),
+            replaced: None,
+            troubles,
+        }))
     }
 
-    fn set_impaired(&self, impaired: &BTreeSet<u64>) {
-        self.impaired.lock().expect("nothing panics while it holds this lock").clone_from(impaired);
+    fn set_impaired(&self, state: &State) {
+        let impaired = &state.impaired() | &state.outside;
+        *self.impaired.lock().expect("nothing panics while it holds this lock") = impaired;
     }
 }
 

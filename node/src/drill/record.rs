@@ -32,7 +32,7 @@ pub struct Record {
     pub reads_unanswered: u64,
     /// What was done to the cluster.
     pub events: Vec<Event>,
-    /// The nodes with a replica of each group.
+    /// The nodes with a replica of each group, when the load began.
     pub replicas: BTreeMap<u32, Vec<u64>>,
     /// What the nodes said about themselves.
     pub samples: Vec<Sample>,
@@ -191,6 +191,8 @@ pub struct Event {
     pub kind: EventKind,
     /// The nodes that can't take part afterwards: dead, paused or cut off.
     pub impaired: BTreeSet<u64>,
+    /// The node that went for good, and the one that has taken its place.
+    pub replaced: Option<(u64, u64)>,
     /// What should have happened and did not.
     pub troubles: Vec<String>,
 }

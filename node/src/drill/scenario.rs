@@ -100,7 +100,7 @@ pub enum Action {
     FillDisk(Target),
     /// Undoes both.
     MendDisk(Target),
-    /// The node's disk is lost; another node takes its place, under a new id.
+    /// The node's process and its disk are lost for good; a new node takes its place, under a new id.
     Replace(Target),
     /// Another replica becomes the leader.
     MoveLeader(u32),
@@ -126,7 +126,7 @@ pub enum Target {
     Node(u64),
     /// All.
     All,
-    /// Those of the step before.
+    /// Those of the step before; after a replacement, the new node.
     It,
     /// The leader of a group.
     Leader(u32),
@@ -159,7 +159,7 @@ impl fmt::Display for ScenarioError {
 }
 
 /// The scenarios that come with the program, by name, in the order in which they are told.
-pub const BUILT_IN: [(&str, &str); 17] = [
+pub const BUILT_IN: [(&str, &str); 18] = [
     ("kill-coordinator", include_str!("../../../drills/kill-coordinator.drill")),
     ("kill-shard", include_str!("../../../drills/kill-shard.drill")),
     ("kill-coordinators", include_str!("../../../drills/kill-coordinators.drill")),
@@ -175,6 +175,7 @@ pub const BUILT_IN: [(&str, &str); 17] = [
     ("full-disk", include_str!("../../../drills/full-disk.drill")),
     ("restart-all", include_str!("../../../drills/restart-all.drill")),
     ("rolling-restart", include_str!("../../../drills/rolling-restart.drill")),
+    ("replace-node", include_str!("../../../drills/replace-node.drill")),
     ("move-leaders", include_str!("../../../drills/move-leaders.drill")),
     ("storm", include_str!("../../../drills/storm.drill")),
 ];
@@ -293,21 +294,51 @@ impl Scenario {
             }
             had_target |= step.action.target().is_some();
         }
+        for (step, target) in self.replacements() {
+            if matches!(target, Target::All | Target::Replicas(_)) {
+                let text =
+                    "one node can be replaced at a time: expected node N, leader of GROUP, follower of GROUP";
+                return Err((step.line, text.into()));
+            }
+        }
         Ok(())
     }
 
-    /// Whether the nodes that the steps name are there.
-    pub fn check_for(&self, nodes: &[u64]) -> Result<(), ScenarioError> {
-        let error =
-            |step: &Step, problem| ScenarioError { name: self.name.clone(), line: step.line, problem };
+    /// The steps that replace a node, in order, with what `it` means in them.
+    pub fn replacements(&self) -> Vec<(&Step, &Target)> {
+        let (mut it, mut found) = (None, Vec::new());
         for step in &self.steps {
-            if matches!(step.action, Action::Replace(_)) {
-                return Err(error(step, "`replace` is not connected yet: nothing was started".to_owned()));
+            let Some(target) = step.action.target() else { continue };
+            if *target != Target::It {
+                it = Some(target);
             }
-            if let Some(Target::Node(node)) = step.action.target()
-                && !nodes.contains(node)
-            {
-                return Err(error(step, format!("there is no node {node}: there are {nodes:?}")));
+            if matches!(step.action, Action::Replace(_)) {
+                found.push((step, it.unwrap_or(target)));
+            }
+        }
+        found
+    }
+
+    /// Whether the nodes that the steps name are there, or are spare ones that take the place of others.
+    pub fn check_for(&self, nodes: &[u64], spares: &[u64]) -> Result<(), ScenarioError> {
+        let error = |step: &Step, problem| self.error(step, problem);
+        // Clients know the first nodes only.
+        if let Some((step, _)) = self.replacements().get(nodes.len().saturating_sub(1)) {
+            let text = format!("all {} nodes would be replaced: one of them must stay", nodes.len());
+            return Err(error(step, text));
+        }
+        let mut gone = Vec::new();
+        for step in &self.steps {
+            if let Some(Target::Node(node)) = step.action.target() {
+                if !nodes.contains(node) && !spares.contains(node) {
+                    return Err(error(step, format!("there is no node {node}: there are {nodes:?}")));
+                }
+                if gone.contains(node) {
+                    return Err(error(step, format!("node {node} was replaced: its id is never used again")));
+                }
+                if matches!(step.action, Action::Replace(_)) {
+                    gone.push(*node);
+                }
             }
             if let Some(group) = step.action.group()
                 && group > self.shards
@@ -323,8 +354,13 @@ impl Scenario {
         let late = self.steps.iter().find(|step| matches!(step.when, When::At(at) if at >= self.seconds));
         late.map_or(Ok(()), |step| {
             let problem = format!("{:?} is after the end of the load, after {:?}", step.text, self.seconds);
-            Err(ScenarioError { name: self.name.clone(), line: step.line, problem })
+            Err(self.error(step, problem))
         })
+    }
+
+    /// What is wrong with a step.
+    pub fn error(&self, step: &Step, problem: String) -> ScenarioError {
+        ScenarioError { name: self.name.clone(), line: step.line, problem }
     }
 }
 
@@ -607,9 +643,16 @@ fn distance(one: &str, other: &str) -> usize {
 mod tests {
     use super::*;
 
+    fn numbers(from: u64, to: u64) -> Vec<u64> {
+        (from..=to).collect()
+    }
+
     fn problem(text: &str) -> String {
         let read = Scenario::parse("x.drill", text);
-        let checked = read.and_then(|read| read.check_for(&(1..=read.nodes).collect::<Vec<u64>>()));
+        let checked = read.and_then(|read| {
+            let spares = read.nodes + read.replacements().len() as u64;
+            read.check_for(&numbers(1, read.nodes), &numbers(read.nodes + 1, spares))
+        });
         checked.unwrap_err().to_string()
     }
 
@@ -649,6 +692,18 @@ mod tests {
     }
 
     #[test]
+    fn a_replaced_node_may_have_been_broken_before_and_the_new_one_may_be_named() {
+        let text = "at 1s kill leader of shard 2\nat 2s replace it\nthen kill it\nat 3s restart node 4\n\
+                    at 4s replace node 3\nat 5s pause node 5";
+        let scenario = Scenario::parse("x", text).unwrap();
+        let replacements = scenario.replacements();
+        let replaced: Vec<(usize, &Target)> =
+            replacements.iter().map(|(step, target)| (step.line, *target)).collect();
+        assert_eq!(replaced, [(2, &Target::Leader(2)), (5, &Target::Node(3))]);
+        assert_eq!(scenario.check_for(&[1, 2, 3], &[4, 5]), Ok(()));
+    }
+
+    #[test]
     fn what_is_wrong_is_told_with_its_line_and_what_was_expected() {
         for (text, told) in [
             ("\nat 5s kil node 1", "x.drill: line 2: \"kil\": expected kill, stop,"),
@@ -678,6 +733,14 @@ mod tests {
             ("place shard 1 on 4", "puts shard 1 on node 4, but there are 3"),
             ("place shard 5 on 1", "names shard 5, but there are 4 shards"),
             ("place shard 1", "the end of the line: expected on"),
+            ("at 5s replace all", "line 1: one node can be replaced at a time"),
+            ("at 5s kill replicas of shard 1\nthen replace it", "line 2: one node can be replaced at a time"),
+            ("at 5s replace node 5", "line 1: there is no node 5: there are [1, 2, 3]"),
+            ("at 5s replace node 2\nthen start node 2", "line 2: node 2 was replaced"),
+            (
+                "nodes 2\nat 1s replace node 1\nthen replace node 2",
+                "line 3: all 2 nodes would be replaced: one of them must stay",
+            ),
         ] {
             let problem = problem(text);
             assert!(problem.contains(told), "{text:?} gives {problem:?}, which lacks {told:?}");
