@@ -26,6 +26,14 @@ compose() { "${compose_program[@]}" --project-name "$VERDICT_NAME" --file docker
 
 has_image() { docker image inspect "$1" > /dev/null 2>&1; }
 
+# The service of a node's id: coordinator-1 is 1 or 01, shard-2-3 is 23.
+service() {
+  case $1 in
+    [0-9] | 0[0-9]) echo "coordinator-${1: -1}" ;;
+    *) echo "shard-${1:0:1}-${1:1}" ;;
+  esac
+}
+
 # All nodes as clients on this machine reach them: HOST:PORT,...
 addresses() {
   local list=("${nodes[@]/#/127.0.0.1:$VERDICT_PORTS}")

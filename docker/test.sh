@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Tries the compose cluster: starts one of its own, settles a tape, kills the coordinator's leader and a shard's leader, cuts a node
-# off, checks that everything adds up, and takes it all down. Skips, and says so, where there is no Docker.
+# off, plays docker/test.drill, replaces a node, checks that everything adds up, stops and starts it, and takes it all down. Skips, and
+# says so, where there is no Docker.
 #
 #   docker/test.sh [ARGUMENT FOR docker/build.sh...]
 #
-# The containers, networks and volumes of the project `verdict-test` are its own, and removed before and after. Takes about two
+# The containers, networks and volumes of the project `verdict-test` are its own, and removed before and after. Takes about four
 # minutes when the image is there. VERDICT_BIN is the program used on this machine (target/release/verdict, or debug).
 export VERDICT_NAME=verdict-test VERDICT_PORTS=${VERDICT_PORTS:-75}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -27,21 +28,18 @@ finish() {
   if ((status != 0)); then
     compose logs --no-color --tail 20 >&2 || true
   fi
+  if ((status == 0)); then rm -r "$reports"; else say "what drills have reported is in $reports"; fi
   docker/down.sh --volumes > /dev/null 2>&1 || say "could not remove everything of the project $VERDICT_NAME"
   ((status == 0)) && say "PASSED in $SECONDS s" || say "FAILED after $SECONDS s"
 }
 docker/down.sh --volumes > /dev/null 2>&1 || true
+reports=$(mktemp -d)
 trap finish EXIT
 
 step() { say "$SECONDS s: $*"; }
 cluster=$(addresses)
 ctl() { "$program" ctl --connect "$cluster" "$@"; }
-container() { # of a node's id
-  case $1 in
-    [0-9]) echo "$VERDICT_NAME-coordinator-$1" ;;
-    *) echo "$VERDICT_NAME-shard-${1:0:1}-${1:1}" ;;
-  esac
-}
+container() { echo "$VERDICT_NAME-$(service "$1")"; } # of a node's id
 # The node that leads a group, as the one in the highest term says.
 leader() {
   ctl --json status | python3 -c '
@@ -97,8 +95,35 @@ step "cut node $victim off, which leads group 2, and settle"
 docker network disconnect "${VERDICT_NAME}_cluster" "$(container "$victim")"
 settle 2000 4
 [[ $(leader 2) != "$victim" ]] || die "nobody else leads group 2"
-service=$(container "$victim")
-docker network connect --alias "${service#"$VERDICT_NAME-"}.cluster" "${VERDICT_NAME}_cluster" "$service"
+docker network connect --alias "$(service "$victim").cluster" "${VERDICT_NAME}_cluster" "$(container "$victim")"
+
+step "a drill that containers can't do is refused"
+status=0
+"$program" drill slow-disk --compose 2> "$reports/refused" || status=$?
+((status == 2)) && grep -q "disks of containers can't be made slow" "$reports/refused" ||
+  die "a slow disk of a container ended with $status: $(< "$reports/refused")"
+
+step "drill: containers are killed, cut off, paused and replaced"
+"$program" drill docker/test.drill --compose --rate 100 --out "$reports/report.html" --json "$reports/report.json" ||
+  die "the drill ended with $?"
+nodes=("${nodes[@]/21/24}")
+python3 - "$reports" << 'END' || die "the drill's report isn't as it should be"
+import json, sys
+report = json.load(open(sys.argv[1] + "/report.json"))
+page = open(sys.argv[1] + "/report.html").read()
+assert report["format"] == 1 and report["held"], "not held"
+assert report["cluster"].startswith("9 containers of ") and (report["nodes"], report["shards"]) == (9, 2), report["cluster"]
+committed = report["load"]["outcomes"]["committed"]
+assert committed > 3000, f"60 s at 100/s, and only {committed} are committed"
+done = [event["what"] for event in report["events"] if event["kind"] != "wait"]
+for told in ["kill -9: node ", "start: node ", "cut off both ways: node ", "network mended: ", "pause: node ", "resume: ",
+             "node 24 takes the place of node 21, whose disk is lost: it votes in 1 group and has caught up after "]:
+    assert any(what.startswith(told) for what in done), f"{told!r} is not in {done}"
+checked = {promise["id"]: sum(check["checked"] for check in promise["checks"]) for promise in report["promises"]}
+assert len(checked) == 10 and all(checked.values()), checked
+assert (page.count("<svg"), page.count("<details")) == (3, 10) and "All promises held" in page, "the page isn't whole"
+assert "http" not in page, "the page loads something"
+END
 
 step "remove node 12 with its disk, and let a spare take its place"
 docker rm --force "$VERDICT_NAME-shard-1-2" > /dev/null
@@ -124,3 +149,8 @@ for i in "${nodes[@]}"; do
   code=$(docker inspect --format '{{.State.ExitCode}}' "$(container "$((10#$i))")")
   ((code == 0)) || die "node $i ended with $code, not with 0: it did not heed SIGTERM"
 done
+step "start again: nodes that were replaced stay away"
+docker/up.sh > /dev/null
+cluster=$(addresses)
+at_rest
+settle 2000 6

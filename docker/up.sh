@@ -1,14 +1,26 @@
 #!/usr/bin/env bash
 # Starts the compose cluster and waits until all nodes are healthy and every group has a leader. Builds the image if there is none,
-# with the arguments for docker/build.sh that are given here.
+# with the arguments for docker/build.sh that are given here. The spare nodes are created and not started: docker/spare.sh or a drill
+# does that.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_docker
 
 has_image "$VERDICT_IMAGE" || docker/build.sh "$@"
-compose up --detach
+
+# A node without a volume, where others have theirs, was replaced: it must not come back, and the spare of its group is in its place.
+volumes=$(docker volume ls --quiet --filter "label=com.docker.compose.project=$VERDICT_NAME")
+services=()
+for i in "${!nodes[@]}"; do
+  if [[ -n $volumes ]] && ! grep -qx "${VERDICT_NAME}_$(service "${nodes[i]}")" <<< "$volumes"; then
+    nodes[i]=${nodes[i]:0:1}4
+  fi
+  services+=("$(service "${nodes[i]}")")
+done
+compose up --detach "${services[@]}"
+compose up --no-start --no-recreate --no-deps coordinator-4 shard-1-4 shard-2-4
 
 # The image's own program asks; so nothing else is needed on this machine.
-inside() { docker exec "$VERDICT_NAME-coordinator-1" verdict "$@"; }
+inside() { docker exec "$VERDICT_NAME-${services[0]}" verdict "$@"; }
 # Reading rows of many partitions goes through the coordinator's leader and the leaders of all shards.
 probe=(ctl --timeout 2 read 'probe:1#probe' 'probe:2#probe' 'probe:3#probe' 'probe:4#probe' 'probe:5#probe' 'probe:6#probe')
 for ((i = 0; i < 60; i++)); do
@@ -20,4 +32,4 @@ for ((i = 0; i < 60; i++)); do
   sleep 1
 done
 compose ps >&2
-die "the cluster isn't ready after a minute; look at: docker logs $VERDICT_NAME-coordinator-1"
+die "the cluster isn't ready after a minute; look at: docker logs $VERDICT_NAME-${services[0]}"

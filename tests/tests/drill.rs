@@ -58,6 +58,37 @@ fn a_drill_kills_the_coordinators_leader_and_reports_in_json_and_html() {
 }
 
 #[test]
+fn a_node_that_is_lost_in_a_drill_is_replaced_and_the_new_one_is_asked_too() {
+    let folder = tempfile::tempdir().expect("make a folder");
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (scenario, json, data) = (path("replace.drill"), path("report.json"), path("data"));
+    let text = "seconds 6\nshards 2\nat 1s replace leader of coordinator\nat 4s kill it\nat 5s start it\nthen wait until whole";
+    fs::write(&scenario, text).expect("write a scenario");
+    let arguments = ["drill", &scenario, "--rate", "50", "--json", &json, "--data", &data];
+    let output = run_to_end(&arguments, DRILL_WITHIN);
+    println!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "the drill failed");
+
+    let report: Json =
+        serde_json::from_str(&fs::read_to_string(&json).expect("a JSON report")).expect("JSON");
+    let said = |place: usize| report["events"][place]["what"].as_str().unwrap_or_default().to_owned();
+    assert!(said(0).starts_with("kill -9 for good: node "), "{report}");
+    let old: u64 = said(0)["kill -9 for good: node ".len()..][..1].parse().expect("a node");
+    let taken = format!("node 4 takes the place of node {old}, whose disk is lost: it votes in 3 groups");
+    assert!(said(1).starts_with(&taken), "{}", said(1));
+    assert_eq!((said(2).as_str(), said(3).as_str()), ("kill -9: node 4", "start: node 4"));
+    let exists = |node: u64| Path::new(&data).join(format!("node-{node}")).exists();
+    assert!(!exists(old) && exists(4), "the disk of node {old} is lost, and node 4 has one");
+    let asked = report["promises"][1]["checks"][0]["checked"].as_u64().expect("a count");
+    let batches = report["load"]["batches"].as_u64().expect("a count");
+    assert_eq!(
+        asked,
+        3 * batches,
+        "each of the three nodes that are members in the end is asked for each batch"
+    );
+}
+
+#[test]
 fn what_can_t_run_is_told_with_line_and_expectation_and_exit_status_2() {
     let folder = tempfile::tempdir().expect("make a folder");
     let file = folder.path().join("mine.drill");
