@@ -110,6 +110,13 @@ fn clocks_that_are_ahead_make_no_room_at_the_cost_of_others() {
 
 #[test]
 fn behind_the_horizon_nothing_commits_any_more() {
+    for behind in [0, 1] {
+        nothing_commits_behind(behind);
+    }
+}
+
+/// An id that lies so many milliseconds behind the horizon, or at it.
+fn nothing_commits_behind(behind: u64) {
     let mut world = started(1, |_| {});
     let epoch = world.leaders[0].leader.epoch();
     let decision = Decision {
@@ -119,7 +126,7 @@ fn behind_the_horizon_nothing_commits_any_more() {
         number: Number { epoch, sequence: 1 },
         result: Ok(Stamp(1)),
     };
-    let later = Millis(world.now.0 + 1);
+    let later = Millis(world.now.0 + behind);
     let mut act = |act: Act| match world.coordinator.commit(encode(&CoordinatorEntry::Act(act))) {
         CoordinatorReply::Acted(acted) => acted,
         other => panic!("{other:?}"),
@@ -127,11 +134,32 @@ fn behind_the_horizon_nothing_commits_any_more() {
     act(Act { epoch, horizon: Some(later), ..Act::default() });
     let acted = act(Act { epoch, decisions: vec![decision.clone()], ..Act::default() });
     let abort = Err(Abort::because(AbortReason::Interrupted));
-    assert_eq!(acted.decisions[0].result, abort, "callers have been told that it is too old");
+    assert_eq!(acted.decisions[0].result, abort, "callers have been told that it is too old ({behind} ms)");
     let acted = act(Act { epoch, finished: vec![decision.id], ..Act::default() });
     assert_eq!(acted.remembered, 0, "and it is forgotten as soon as it is finished");
     let acted = act(Act { epoch, horizon: Some(Millis(1)), ..Act::default() });
     assert_eq!(acted.horizon, later, "the horizon moves forward only");
+}
+
+#[test]
+fn an_id_at_the_asked_horizon_is_too_old_and_the_next_one_is_not() {
+    let mut world = World::with(1, 2, |config| config.retention_ms = 10_000);
+    world.elect();
+    world.deliver_all();
+    world.tick(60_000);
+    let horizon = world.leaders[0].acts[0].horizon.expect("the leader asks for a later horizon");
+    let batch = |world: &World, time: u64| {
+        let batch = credit(world, time, &[1]);
+        Batch { id: BatchId::from_parts(Millis(time), [3; 10]), ..batch }
+    };
+    let exactly = batch(&world, horizon.0);
+    let at = world.submit(exactly).unwrap();
+    let refused = Reply::Refused(Refusal::TooOld { horizon });
+    assert_eq!(world.reply(at), Some(&refused), "it would be forgotten while it is in flight");
+    let next = batch(&world, horizon.0 + 1);
+    let behind = world.submit(next).unwrap();
+    world.deliver_all();
+    assert!(matches!(world.reply(behind), Some(Reply::Decided(_))), "{:?}", world.reply(behind));
 }
 
 #[test]

@@ -574,3 +574,28 @@ fn a_late_greeting_takes_no_epoch_back() {
     assert_eq!(world.shards[&ShardId(1)].leading().machine.epoch(GroupId(0)), Epoch(5));
     assert_eq!(only_vote(&mut world, 5, prepare(9, number(5, 2), 5)), VoteKind::Yes);
 }
+
+/// A stamp above the ceiling that is recorded may be given again by the next leader, which begins there.
+#[test]
+fn no_stamp_is_given_above_the_recorded_ceiling() {
+    let mut world = World::new(1, 2);
+    world.elect_with(|opened| opened.ceiling = Stamp(opened.floor.0 + 2));
+    world.deliver_all();
+    for letter in 0..5 {
+        world.submit(add_batch(letter, &[row()]));
+    }
+    for _ in 0..2 {
+        for packet in std::mem::take(&mut world.packets) {
+            world.deliver(packet, 0);
+        }
+    }
+    let acts = &world.leaders[0].acts;
+    let given: Vec<_> = acts.iter().flat_map(|act| &act.decisions).map(|one| one.result.clone()).collect();
+    assert_eq!(given, [Ok(Stamp(1)), Ok(Stamp(2))], "the others wait until the ceiling is raised");
+    assert!(acts.iter().any(|act| act.ceiling.is_some()), "nobody asks for a higher one");
+    world.settle();
+    let mut stamps: Vec<_> = world.recorded.iter().map(|one| one.result.clone().unwrap()).collect();
+    stamps.sort();
+    assert_eq!(stamps, [1, 2, 3, 4, 5].map(Stamp));
+    world.check_at_rest();
+}

@@ -1149,3 +1149,65 @@ impl Leader {
         self.shards.get_mut(&shard).expect("the shard was checked on arrival")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        batch::{Operation, OperationKind},
+        messages::Greeting,
+    };
+
+    struct Nothing;
+
+    impl Decisions for Nothing {
+        fn remembered(&self, _: BatchId) -> Remembered {
+            Remembered::Nothing
+        }
+    }
+
+    /// A leader of one shard, which has answered the greeting.
+    fn greeted(now: Millis) -> Leader {
+        let opened = Opened {
+            epoch: Epoch(1),
+            floor: Stamp(0),
+            ceiling: Stamp(100),
+            horizon: Millis(0),
+            history: Stamp(0),
+            remembered: 0,
+            unfinished: Vec::new(),
+        };
+        let (mut leader, _) = Leader::open(LeaderConfig::new(Placement { shards: 1 }), opened, now);
+        let greeting = Some(Greeting { epoch: Epoch(1), parts: Vec::new() });
+        let message = FromShard { greeting, ..FromShard::default() };
+        leader.step(Event::FromShard { shard: ShardId(1), message }, &Nothing, &mut Effects::default());
+        leader
+    }
+
+    #[test]
+    fn a_batch_that_makes_a_shard_remember_too_many_numbers_is_ended() {
+        let now = Millis(1_700_000_000_000);
+        let mut leader = greeted(now);
+        let row = RowKey::new("a", "USD").unwrap();
+        let operation = Operation { row, kind: OperationKind::Delete };
+        let id = BatchId::from_parts(now, [1; 10]);
+        let batch = Batch { id, timeout_ms: 0, operations: vec![operation], zero_sum: false };
+        let hash = batch.hash();
+        let submit = Event::Submit { token: Token(1), batch, hash };
+        leader.step(submit, &Nothing, &mut Effects::default());
+        let first = leader.last_sequence;
+        let decided_at = |leader: &mut Leader, last_sequence: u64| {
+            leader.last_sequence = last_sequence;
+            let mut effects = Effects::default();
+            leader.step(Event::Tick { now }, &Nothing, &mut effects);
+            effects
+                .act
+                .decisions
+                .into_iter()
+                .map(|decision| (decision.id, decision.result.is_ok()))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(decided_at(&mut leader, first + NUMBERS_MAX), [], "so many may be finished after it");
+        assert_eq!(decided_at(&mut leader, first + NUMBERS_MAX + 1), [(id, false)], "more may not");
+    }
+}

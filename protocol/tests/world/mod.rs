@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use verdict_protocol::{
     batch::{Batch, Placement, RowKey},
-    coordinator::{Act, Acted, Coordinator, CoordinatorEntry, CoordinatorReply},
+    coordinator::{Act, Acted, Coordinator, CoordinatorEntry, CoordinatorReply, Opened},
     ids::{BatchId, GroupId, Millis, NodeId, ShardId, Stamp},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::{self, Machine},
@@ -181,13 +181,19 @@ impl World {
 
     /// A new leader opens its epoch. The one before lives on, unaware.
     pub fn elect(&mut self) {
+        self.elect_with(|_| {});
+    }
+
+    /// The same with another answer of the log than it gave.
+    pub fn elect_with(&mut self, change: impl FnOnce(&mut Opened)) {
         let entry = CoordinatorEntry::Open {
             node: NodeId(1),
             placement: self.config.placement,
             keep: self.config.keep,
         };
         match self.coordinator.commit(machine::encode(&entry)) {
-            CoordinatorReply::Opened(opened) => {
+            CoordinatorReply::Opened(mut opened) => {
+                change(&mut opened);
                 let (leader, effects) = Leader::open(self.config, opened, self.now);
                 self.leaders.push(Running { leader, acts: Vec::new(), confirm: None });
                 self.perform(self.leaders.len() - 1, effects);
@@ -492,8 +498,10 @@ impl World {
     fn check_rejections(&self, decisions: &[Decision]) {
         for (place, decision) in decisions.iter().enumerate() {
             let Err(abort) = &decision.result else { continue };
-            let (AbortReason::ShortOfFunds | AbortReason::ConditionNotMet | AbortReason::RowExists) =
-                abort.reason
+            let (AbortReason::ShortOfFunds
+            | AbortReason::AboveCeiling
+            | AbortReason::ConditionNotMet
+            | AbortReason::RowExists) = abort.reason
             else {
                 continue;
             };
