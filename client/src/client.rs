@@ -106,7 +106,7 @@ impl Client {
             });
             match tries.after(&batch.id, end.await.map(|response| response.outcome)) {
                 Next::Answer(answer) => return answer,
-                Next::Again { pause, .. } if Instant::now() + pause >= deadline => {
+                Next::Again { pause, .. } if Instant::now() + pause + retry::TRY_MIN >= deadline => {
                     return tries.give_up(|| self.nodes.nobody());
                 }
                 Next::Again { pause, place } => {
@@ -312,7 +312,7 @@ impl Client {
                 }
             };
             let pause = retry::pause(tries, advice);
-            if Instant::now() + pause >= deadline {
+            if Instant::now() + pause + retry::TRY_MIN >= deadline {
                 return Err(said.unwrap_or_else(|| self.nodes.nobody()));
             }
             address = self.nodes.next(&address, place);

@@ -8,6 +8,8 @@ use std::{
 /// The first pause between two tries, and the longest.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(1000);
+/// With less time left no try is begun: it would have no answer in time, and make of a batch that nobody has seen one that is unknown.
+pub(crate) const TRY_MIN: Duration = Duration::from_millis(10);
 
 /// The pause before try number `tries + 1`: doubling from 20 ms to 1 s, half of it by chance so that callers that failed
 /// together don't return together. A server's advice is a lower bound.

@@ -311,8 +311,11 @@ impl Driver {
     /// Sends what is due, as far as the stream has room.
     fn send_due(&mut self) {
         let Some(link) = &mut self.link else { return };
+        let now = Instant::now();
         while let Some(id) = self.due.front() {
-            let Some(entry) = self.entries.get_mut(id).filter(|entry| entry.state == State::Due) else {
+            let is_wanted =
+                |entry: &&mut Entry| entry.state == State::Due && entry.deadline > now + retry::TRY_MIN;
+            let Some(entry) = self.entries.get_mut(id).filter(is_wanted) else {
                 self.due.pop_front();
                 continue;
             };
@@ -326,7 +329,7 @@ impl Driver {
             }
             entry.sent_before = true;
             entry.state = State::Sent;
-            let silent_at = Instant::now() + self.client.options().try_timeout;
+            let silent_at = now + self.client.options().try_timeout;
             set_wake(&mut self.wakes, id, entry, silent_at);
             self.due.pop_front();
         }

@@ -9,6 +9,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _, future::join_all};
+use tokio::{io::AsyncReadExt as _, net::TcpListener};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -42,6 +43,8 @@ enum Act {
     BareUnavailable,
     /// Lost sight of it.
     Undecided,
+    /// Settles it, and the connection ends with such a status, as gRPC's libraries make them.
+    End(Code),
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +83,7 @@ struct Node {
 enum Reply {
     Say(Said),
     Refuse(Box<Status>),
+    Break(Box<Status>),
     End,
     Silence,
 }
@@ -117,6 +121,10 @@ impl Node {
                 refuse(Code::InvalidArgument, "malformed", details)
             }
             Some(Act::BareUnavailable) => Reply::Refuse(Box::new(Status::unavailable("upstream reset"))),
+            Some(Act::End(code)) => {
+                world.settle(batch);
+                Reply::Break(Box::new(Status::new(code, "made by a library")))
+            }
             Some(Act::Undecided) => {
                 let state = UndecidedState::Unknown.into();
                 Reply::Say(Said::Undecided(v1::Undecided { state, message: "lost sight of it".into() }))
@@ -135,7 +143,7 @@ impl Settlement for Node {
         let batch = request.into_inner().batch.unwrap();
         match self.take(&batch) {
             Reply::Say(said) => Ok(Response::new(SubmitResponse { outcome: Some(outcome(&batch, said)) })),
-            Reply::Refuse(status) => Err(*status),
+            Reply::Refuse(status) | Reply::Break(status) => Err(*status),
             Reply::End => Err(Status::internal("the connection is about to break")),
             Reply::Silence => std::future::pending().await,
         }
@@ -161,6 +169,7 @@ impl Settlement for Node {
                         retry_after_ms: 5,
                     }),
                     Reply::End => return Some(Err(Status::unknown("broken"))),
+                    Reply::Break(status) => return Some(Err(*status)),
                     Reply::Silence => return None,
                 };
                 Some(Ok(SubmitStreamResponse { batch_id: batch.id, result: Some(result) }))
@@ -308,13 +317,40 @@ async fn where_nobody_listens_the_error_names_every_address() {
 
 #[tokio::test(start_paused = true)]
 async fn time_that_runs_out_after_a_try_is_unknown_never_aborted() {
-    for act in [Act::NeverAnswer, Act::BareUnavailable, Act::Undecided, Act::LoseAnswer] {
-        let mut acts = vec![act];
-        acts.extend([Act::Refuse { leader: None }; 1000]);
-        let fake = Fake::new(acts);
+    let lost = [Act::NeverAnswer, Act::BareUnavailable, Act::Undecided, Act::LoseAnswer];
+    let ends = [Code::Cancelled, Code::Unknown, Code::DeadlineExceeded, Code::Internal, Code::DataLoss];
+    for act in lost.into_iter().chain(ends.map(Act::End)) {
+        let acts = || [act].into_iter().chain([Act::Refuse { leader: None }; 1000]);
+        let fake = Fake::new(acts());
         let result = fake.client(&["a:1"], 600).submit(&batch()).await;
         assert!(matches!(result, Ok(Outcome::Unknown { .. })), "{act:?}: {result:?}");
+        if let Act::BareUnavailable = act {
+            // In a stream a refusal is the node's own word about one batch.
+            continue;
+        }
+        let fake = Fake::new(acts());
+        let result = fake.client(&["a:1"], 600).submitter(4).submit(batch()).await.result;
+        assert!(matches!(result, Ok(Outcome::Unknown { .. })), "{act:?} in a stream: {result:?}");
     }
+}
+
+/// In real time: only a real connection breaks like one.
+#[tokio::test]
+async fn a_connection_that_breaks_with_a_batch_on_its_way_leaves_it_unknown() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        // Hears the greeting of HTTP/2 and what comes with it, and hangs up.
+        while let Ok((mut connection, _)) = listener.accept().await {
+            let _ = connection.read(&mut [0; 1024]).await;
+        }
+    });
+    let options = Options { timeout: Duration::from_millis(500), ..Options::default() };
+    let client = Client::connect([address.as_str()], options).unwrap();
+    let single = client.submit(&batch()).await;
+    assert!(matches!(single, Ok(Outcome::Unknown { .. })), "{single:?}");
+    let streamed = client.submitter(4).submit(batch()).await.result;
+    assert!(matches!(streamed, Ok(Outcome::Unknown { .. })), "{streamed:?}");
 }
 
 #[tokio::test(start_paused = true)]
