@@ -79,7 +79,7 @@ impl Failure {
     /// that the contract demands, since proxies and broken connections make statuses too.
     pub(crate) fn of_status(status: &Status) -> Failure {
         let message = status.message().to_owned();
-        if let Some(why) = never_sent(status) {
+        if let Some(why) = no_connection(status) {
             return Failure::Unreached(why);
         }
         if status.source().is_some() {
@@ -149,8 +149,8 @@ impl Failure {
     }
 }
 
-/// Why there is no connection, if that is why the call failed: then the request can't have left this process.
-fn never_sent(status: &Status) -> Option<String> {
+/// Why there is no connection, if that is why a call failed: then the request can't have left this process.
+pub fn no_connection(status: &Status) -> Option<String> {
     let mut source = status.source();
     while let Some(error) = source {
         if error.is::<ConnectError>() {

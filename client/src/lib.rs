@@ -45,7 +45,7 @@ mod tries;
 
 pub use batch::{BatchBuilder, row};
 pub use client::{Client, Options};
-pub use failure::ClientError;
+pub use failure::{ClientError, no_connection};
 pub use outcome::Outcome;
 pub use submitter::{Answer, Pending, Slot, Submitter, SubmitterStats};
 pub use verdict_proto::{

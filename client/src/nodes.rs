@@ -46,10 +46,14 @@ impl Nodes {
     pub(crate) fn new(connect: Arc<dyn Connect>, addresses: Vec<String>) -> Result<Nodes, ClientError> {
         let mut channels = BTreeMap::new();
         for address in &addresses {
-            let channel = connect.channel(address).map_err(|error| ClientError::InvalidArgument {
-                field: "addresses".into(),
-                message: format!("{address:?} is no host:port: {error}"),
-            })?;
+            let wrong = |message| ClientError::InvalidArgument { field: "addresses".into(), message };
+            let port = address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+            if port.is_none() {
+                return Err(wrong(format!("{address:?} is no host:port")));
+            }
+            let channel = connect
+                .channel(address)
+                .map_err(|error| wrong(format!("{address:?} is no host:port: {error}")))?;
             channels.insert(address.clone(), channel);
         }
         let Some(preferred) = addresses.first().cloned() else {
@@ -177,6 +181,16 @@ mod tests {
     use verdict_proto::connect::InProcess;
 
     use super::*;
+
+    #[tokio::test]
+    async fn an_address_has_a_port() {
+        for wrong in ["", "host", "host:", "host:http", "host:99999", "a b:1"] {
+            let nodes = Nodes::new(Arc::new(InProcess::default()), vec![wrong.to_owned()]);
+            let told = nodes.unwrap_err().to_string();
+            assert!(told.starts_with(&format!("addresses: {wrong:?} is no host:port")), "{told}");
+        }
+        assert!(Nodes::new(Arc::new(InProcess::default()), vec!["[::1]:7400".to_owned()]).is_ok());
+    }
 
     #[tokio::test]
     async fn a_named_leader_that_is_out_of_reach_is_not_gone_to_again() {
