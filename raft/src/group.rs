@@ -253,7 +253,7 @@ impl<M: Machine> Group<M> {
         }
     }
 
-    /// Hands the leadership over to `to`, or to the voter that is furthest on. Gives the new leader.
+    /// Hands the leadership over to `to`, or to the voter that is furthest on of those that were heard of lately. Gives the new leader.
     pub async fn transfer_leader(&self, to: Option<NodeId>) -> Result<NodeId, AdminError> {
         let shared = &*self.shared;
         let metrics = shared.raft.metrics().borrow_watched().clone();
@@ -262,13 +262,9 @@ impl<M: Machine> Group<M> {
             return Err(AdminError::NotLeader { leader: metrics.current_leader.map(NodeId) });
         }
         let voters: BTreeSet<u64> = metrics.membership_config.voter_ids().collect();
-        let furthest = || {
-            let progress = metrics.replication.iter().flatten();
-            let others = progress.filter(|(id, _)| **id != here.0 && voters.contains(*id));
-            others.max_by_key(|(_, matched)| **matched).map(|(id, _)| NodeId(*id))
-        };
-        let Some(to) = to.or_else(furthest) else {
-            return Err(AdminError::Refused("there is nobody to hand over to".to_owned()));
+        let Some(to) = to.or_else(|| heir(&metrics, &shared.node.config.timing)) else {
+            let why = "no other voter was heard of lately: there is nobody to hand over to";
+            return Err(AdminError::Refused(why.to_owned()));
         };
         if to == here {
             return Ok(here);
@@ -362,16 +358,44 @@ fn role(metrics: &RaftMetrics<Types>) -> Role {
     }
 }
 
-fn silent_voters(metrics: &RaftMetrics<Types>, silent_after: Duration) -> Vec<NodeId> {
+/// The other voters, and for how long each was silent; none: it was never heard of. Empty on replicas that don't lead.
+fn silences(metrics: &RaftMetrics<Types>) -> BTreeMap<u64, Option<Duration>> {
     let Some(heard) = metrics.heartbeat.as_ref().filter(|_| metrics.state == ServerState::Leader) else {
-        return Vec::new();
+        return BTreeMap::new();
     };
     let voters: BTreeSet<u64> = metrics.membership_config.voter_ids().collect();
-    let silent = voters.into_iter().filter(|id| *id != metrics.id).filter(|id| {
-        let last = heard.get(id).and_then(|last| last.as_ref());
-        last.is_none_or(|last| openraft::Instant::elapsed(&**last) > silent_after)
-    });
-    silent.map(NodeId).collect()
+    let silence = |id: u64| {
+        let last = heard.get(&id).and_then(|last| last.as_ref());
+        (id, last.map(|last| openraft::Instant::elapsed(&**last)))
+    };
+    voters.into_iter().filter(|id| *id != metrics.id).map(silence).collect()
+}
+
+fn silent_voters(metrics: &RaftMetrics<Types>, silent_after: Duration) -> Vec<NodeId> {
+    let silent = silences(metrics).into_iter();
+    let silent = silent.filter(|(_, silence)| silence.is_none_or(|silence| silence > silent_after));
+    silent.map(|(id, _)| NodeId(id)).collect()
+}
+
+/// Who is asked to lead if nobody was named.
+fn heir(metrics: &RaftMetrics<Types>, timing: &Timing) -> Option<NodeId> {
+    let matched = |id: &u64| metrics.replication.as_ref().and_then(|all| all.get(id).copied().flatten());
+    let voters = silences(metrics).into_iter();
+    let voters = voters.filter_map(|(id, silence)| Some((NodeId(id), silence?, matched(&id))));
+    choose_heir(voters, timing)
+}
+
+/// Of the voters that aren't silent, with the time since each was heard of and how far it has come, the one that is furthest on.
+/// One that hasn't missed its heartbeats comes before one that has: it may be down.
+fn choose_heir<P: Ord + Copy>(
+    voters: impl Iterator<Item = (NodeId, Duration, P)>,
+    timing: &Timing,
+) -> Option<NodeId> {
+    let (lately, silent) = (timing.election_timeout_min_ms, timing.silent_after_ms);
+    let voters = voters.filter(|(_, silence, _)| *silence <= Duration::from_millis(silent));
+    let best =
+        voters.max_by_key(|(_, silence, matched)| (*silence <= Duration::from_millis(lately), *matched));
+    best.map(|(id, _, _)| id)
 }
 
 fn stopped(fatal: Fatal<Types>) -> AdminError {
@@ -683,4 +707,24 @@ fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 
 fn text(error: impl ToString) -> String {
     error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_voter_that_is_down_is_not_asked_to_lead() {
+        let heir = |voters: &[(u64, u64, u64)]| {
+            let voters = voters.iter();
+            let voters =
+                voters.map(|(id, silent_ms, at)| (NodeId(*id), Duration::from_millis(*silent_ms), *at));
+            choose_heir(voters, &Timing::default())
+        };
+        assert_eq!(heir(&[(2, 50, 7), (3, 80, 9)]), Some(NodeId(3)), "the one that is furthest on");
+        assert_eq!(heir(&[(2, 50, 7), (3, 900, 9)]), Some(NodeId(2)), "not one that misses its heartbeats");
+        assert_eq!(heir(&[(2, 900, 7), (3, 900, 9)]), Some(NodeId(3)), "unless all do, as on a busy machine");
+        assert_eq!(heir(&[(2, 5000, 7), (3, 5000, 9)]), None);
+        assert_eq!(heir(&[]), None);
+    }
 }

@@ -26,7 +26,7 @@ use verdict_failpoints::failpoint;
 use verdict_protocol::{
     ids::GroupId,
     machine::{self, Machine, Position},
-    store::Store,
+    store::{Store, StoreError},
 };
 
 use crate::{
@@ -209,7 +209,7 @@ impl<M: Machine> Core<M> {
     ) -> io::Result<Core<M>> {
         let store = GroupStore::new(disk.clone(), group, generation, limits);
         let state = store.applied_state()?;
-        let machine = M::open(config, &store).map_err(|error| io::Error::other(error.to_string()))?;
+        let machine = M::open(config, &store).map_err(of_store)?;
         Ok(Core { machine, store, state, generation, disk: Some(disk) })
     }
 
@@ -227,13 +227,18 @@ impl<M: Machine> Core<M> {
             }
             EntryPayload::Normal(command) => {
                 let reply = machine::apply(&mut self.machine, &mut self.store, log_id.index, &command.0)
-                    .map_err(|error| io::Error::other(error.to_string()))?;
+                    .map_err(of_store)?;
                 if wanted { Reply::some(reply) } else { Reply::none() }
             }
         };
         self.state.applied = Some(log_id);
         Ok(reply)
     }
+}
+
+/// The error as it was before the store had it: whoever tells it says that storage failed.
+fn of_store(StoreError(what): StoreError) -> io::Error {
+    io::Error::other(what)
 }
 
 /// The replica in the shape that openraft asks for.
@@ -314,5 +319,17 @@ impl RaftSnapshotBuilder<Types> for Building {
     async fn build_snapshot(&mut self) -> Built {
         let job = self.0.take().ok_or_else(|| io::Error::other("a snapshot is built once"))?;
         job.await.unwrap_or_else(|error| Err(io::Error::other(error.to_string())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::host_error;
+
+    #[test]
+    fn an_error_of_the_store_says_once_that_storage_failed() {
+        let told = host_error(of_store(StoreError("read a row: no such device".into()))).to_string();
+        assert_eq!(told, "storage failed: read a row: no such device");
     }
 }

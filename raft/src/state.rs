@@ -182,7 +182,7 @@ impl GroupStore {
 
     /// How far the state in the database goes.
     pub(crate) fn applied_state(&self) -> io::Result<AppliedState> {
-        let disk = self.disk().map_err(|error| io::Error::other(error.to_string()))?;
+        let disk = self.disk().map_err(|error| io::Error::other(error.0))?;
         match disk.tables().get(Table::State, &self.key(APPLIED))? {
             None => Ok(AppliedState::default()),
             Some(value) => unseal(APPLIED, &value),
@@ -200,7 +200,7 @@ impl GroupStore {
         if self.behind_entries == 0 {
             return Ok(());
         }
-        let disk = self.disk().map_err(|error| io::Error::other(error.to_string()))?.clone();
+        let disk = self.disk().map_err(|error| io::Error::other(error.0))?.clone();
         // In order: that is how the database keeps them.
         let mut changes: Vec<(&Key, &Change)> = self.changes.iter().collect();
         changes.sort_unstable_by_key(|(key, _)| *key);
