@@ -178,6 +178,18 @@ impl CallFailure {
     }
 }
 
+/// The gRPC library refuses a message beyond the limit with OUT_OF_RANGE, by which the contract means an id that is too old. What it
+/// says there, in the words of the contract; none if the status is anything else.
+pub fn message_too_large(status: &Status) -> Option<Status> {
+    if status.code() != Code::OutOfRange {
+        return None;
+    }
+    let sizes = status.message().strip_prefix("Error, decoded message length too large: found ")?;
+    let (found, limit) = sizes.strip_suffix(" bytes")?.split_once(" bytes, the limit is: ")?;
+    let message = format!("the message has {found} bytes, at most {limit} are taken");
+    Some(CallFailure::other(Code::InvalidArgument, "MESSAGE_TOO_LARGE", message).status())
+}
+
 impl From<BatchError> for CallFailure {
     fn from(error: BatchError) -> CallFailure {
         CallFailure::invalid(error.field, error.problem)
@@ -242,6 +254,19 @@ mod tests {
         let ahead = CallFailure::from_the_future("batch.id", id, 2000);
         assert_eq!((ahead.code, ahead.field.as_deref()), (Code::InvalidArgument, Some("batch.id")));
         assert!(ahead.message.contains("3000 ms ahead"), "{}", ahead.message);
+    }
+
+    #[test]
+    fn a_message_beyond_the_limit_is_malformed_and_told_with_the_limit() {
+        let said =
+            "Error, decoded message length too large: found 20000005 bytes, the limit is: 18874368 bytes";
+        let told = message_too_large(&Status::out_of_range(said)).unwrap();
+        assert_eq!(told.code(), Code::InvalidArgument);
+        assert_eq!(told.message(), "the message has 20000005 bytes, at most 18874368 are taken");
+        assert!(is_answer(&told));
+        let id = BatchId::from_parts(Millis(5000), [0; 10]);
+        let old = CallFailure::of_refusal(&Refusal::TooOld { horizon: Millis(6000) }, Some(id)).status();
+        assert!(message_too_large(&old).is_none() && message_too_large(&told).is_none());
     }
 
     #[test]

@@ -34,5 +34,6 @@ mod spread;
 mod submitter;
 
 pub use admin::{AdminService, LocalStatus, NoShards, group_status_to_wire};
+pub use failure::message_too_large;
 pub use node::{CoordinatorConfig, CoordinatorError, CoordinatorNode};
 pub use settlement::SettlementService;

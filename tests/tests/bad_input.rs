@@ -215,7 +215,7 @@ async fn bad_batches_are_refused_by_field_and_nothing_changes() {
             Err(status) => assert_eq!(status.code(), Code::InvalidArgument, "{status}"),
         }
     }
-    cluster.wait_quiet(Duration::from_secs(5)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -249,7 +249,7 @@ async fn amounts_beyond_the_number_range_are_aborted_never_wrapped() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_id_older_than_the_horizon_is_refused_never_run_again() {
-    let settings = Settings { lines: "retention_seconds = 2".to_owned(), ..Settings::default() };
+    let settings = Settings { lines: "retention_seconds = 6".to_owned(), ..Settings::default() };
     let cluster = Cluster::start_with(settings).await;
     let client = cluster.settlement(1);
     let account = row("old", "USD");
@@ -259,7 +259,7 @@ async fn an_id_older_than_the_horizon_is_refused_never_run_again() {
     for old in [&first, &ancient] {
         for node in cluster.nodes() {
             let client = cluster.settlement(node);
-            let (status, _) = eventually("the id is refused", Duration::from_secs(10), || async {
+            let (status, _) = eventually("the id is refused", Duration::from_secs(30), || async {
                 match submit(&mut client.clone(), old).await {
                     Err(status) if status.code() == Code::OutOfRange => Ok(status),
                     // It is still remembered.
@@ -291,7 +291,7 @@ async fn too_much_in_flight_is_refused_early_with_the_time_to_try_again() {
     let mut cluster = Cluster::start_with(settings).await;
     let rows = [partition_on(1, 2, "full"), partition_on(2, 2, "full")].map(|name| row(&name, "USD"));
     commit(&cluster.settlement(1), vec![add(&rows[0], 100), add(&rows[1], 100)]).await;
-    cluster.wait_quiet(Duration::from_secs(5)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
     // Shard 2 is down: what touches it stays in flight.
     cluster.kill9(4);
     let mut stuck = Vec::new();
@@ -301,7 +301,7 @@ async fn too_much_in_flight_is_refused_early_with_the_time_to_try_again() {
         let client = cluster.settlement(2);
         let id = one.id.clone();
         stuck.push(tokio::spawn(async move { settle(&client, &one).await }));
-        eventually("it is in progress", Duration::from_secs(5), || async {
+        eventually("it is in progress", Duration::from_secs(30), || async {
             match get_batch(&mut cluster.settlement(1), &id, 0).await {
                 Ok(v1::outcome::Result::Undecided(undecided))
                     if undecided.state() == v1::UndecidedState::InProgress =>
@@ -327,7 +327,7 @@ async fn too_much_in_flight_is_refused_early_with_the_time_to_try_again() {
     stamp_of(&settle(&cluster.settlement(3), &one_more).await);
     let held = read(&cluster.settlement(1), &rows).await;
     assert_eq!(held.values.iter().map(kind_of).collect::<Vec<_>>(), [balance(104), balance(103)]);
-    cluster.wait_quiet(Duration::from_secs(5)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -445,8 +445,8 @@ async fn messages_that_are_no_messages_are_refused_and_unknown_fields_do_not_hid
     }
     // More than the limit on messages.
     let huge = call(&channel, SUBMIT, vec![0; 64 << 20]).await.expect_err("64 MiB were taken");
-    println!("a huge message: {huge}");
-    assert_ne!(huge.code(), Code::Unavailable, "nobody should try that again: {huge}");
+    assert_eq!(huge.code(), Code::InvalidArgument, "nobody should try that again: {huge}");
+    assert_eq!(huge.message(), "the message has 67108864 bytes, at most 18874368 are taken");
     let nowhere = call(&channel, "/verdict.v1.Settlement/Nothing", vec![]).await;
     assert_eq!(nowhere.expect_err("there is no such method").code(), Code::Unimplemented);
 
@@ -510,5 +510,5 @@ async fn garbage_and_half_open_connections_hurt_nobody() {
     let held = read(&cluster.settlement(2), &[account]).await;
     assert_eq!(kind_of(&held.values[0]), balance(10));
     drop(open);
-    cluster.wait_quiet(Duration::from_secs(5)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
 }
