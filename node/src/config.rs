@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use verdict_protocol::{
     batch::{BatchLimits, Placement},
     coordinator::Keep,
@@ -40,8 +40,8 @@ pub struct Config {
     /// This node joins a cluster that others have set up: it founds no group, and waits until `verdict ctl member` adds it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub join: bool,
-    /// Nodes with a replica of the coordinator group. Empty: all.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    /// Nodes with a replica of the coordinator group. Empty: all; a file leaves it out then.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "some_nodes")]
     pub coordinators: Vec<u64>,
     /// How long a decision is remembered, in seconds: older ids are refused.
     #[serde(default = "default_retention")]
@@ -87,6 +87,15 @@ pub struct Config {
     /// Which nodes have a replica of a shard. A shard that isn't listed has one on every node.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub shard_replicas: BTreeMap<String, Vec<u64>>,
+}
+
+/// A list that a file has must say something: an empty one could be meant to say "none".
+fn some_nodes<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u64>, D::Error> {
+    let nodes = Vec::deserialize(from)?;
+    if nodes.is_empty() {
+        return Err(D::Error::custom("the list of nodes is empty: leave it out if all nodes are meant"));
+    }
+    Ok(nodes)
 }
 
 fn default_retention() -> u64 {
@@ -228,6 +237,8 @@ impl Config {
         for (what, ids) in std::iter::once(("`coordinators`".to_owned(), &self.coordinators))
             .chain(self.shard_replicas.iter().map(|(shard, ids)| (format!("[shard_replicas] {shard}"), ids)))
         {
+            let distinct: BTreeSet<&u64> = ids.iter().collect();
+            ensure!(distinct.len() == ids.len(), "{what} names a node twice");
             for id in ids {
                 ensure!(
                     nodes.contains_key(&NodeId(*id)),
@@ -236,7 +247,11 @@ impl Config {
             }
         }
         ensure!(self.snapshot_after_entries > 0, "`snapshot_after_entries` is 0, it must be at least 1");
-        for shard in self.shard_replicas.keys() {
+        for (shard, ids) in &self.shard_replicas {
+            ensure!(
+                !ids.is_empty(),
+                "[shard_replicas] {shard} is empty: name its nodes, or leave it out if all nodes are meant"
+            );
             let known = shard.parse::<u32>().is_ok_and(|shard| (1..=self.shards).contains(&shard));
             ensure!(known, "[shard_replicas] names shard {shard:?}, there are shards 1 to {}", self.shards);
         }
@@ -395,5 +410,11 @@ mod tests {
         assert!(
             problem(|text| text.replace("shards = 4", "shards = 4\ncoordinators = [7]")).contains("node 7")
         );
+        let told = problem(|text| text.replace("shards = 4", "shards = 4\ncoordinators = []"));
+        assert!(told.contains("coordinators = []") && told.contains("leave it out"), "{told}");
+        let told = problem(|text| text.replace("shards = 4", "shards = 4\ncoordinators = [1, 1]"));
+        assert!(told.contains("`coordinators` names a node twice"), "{told}");
+        let told = problem(|text| format!("{text}\n[shard_replicas]\n2 = []"));
+        assert!(told.contains("[shard_replicas] 2 is empty"), "{told}");
     }
 }

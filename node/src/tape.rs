@@ -30,6 +30,10 @@ const LINE_BYTES_MAX: usize = 4096;
 /// The names of the columns, as messages use them.
 const COLUMNS: [&str; 7] =
     ["trade id", "price", "quantity", "quote quantity", "time", "buyer is maker", "best match"];
+/// What a tape looks like, for somebody who has another file.
+const WANTED: &str = "A line of a trade file (BTCUSDT-trades-2021-01-08.csv, not aggTrades or klines) is\n\
+     id,price,quantity,quote quantity,time,buyer is maker,best match:\n\
+     553287559,39432.48000000,0.00026300,10.37074224,1610064000278,True,True";
 /// Assets that trades are priced in; the longest one that fits ends a symbol.
 const QUOTE_ASSETS: [&str; 30] = [
     "FDUSD", "USDT", "USDC", "BUSD", "TUSD", "USDP", "USDS", "BIDR", "IDRT", "BVND", "BKRW", "DOGE", "BTC",
@@ -170,6 +174,14 @@ pub enum TapeError {
         /// The file.
         file: String,
     },
+    /// The file is something else.
+    #[error("{file} is no list of trades: {problem}")]
+    NoTape {
+        /// The file.
+        file: String,
+        /// What it is instead, and what to do.
+        problem: String,
+    },
 }
 
 /// What is wrong with a line.
@@ -206,14 +218,19 @@ fn list_broken(lines: &[BrokenLine], count: u64) -> String {
 impl Tape {
     /// Reads a file.
     pub fn read(path: &Path, options: &ReadOptions) -> Result<Tape, TapeError> {
+        let name = path.display().to_string();
+        let failed = |error| TapeError::Io { file: name.clone(), error };
+        let mut input = BufReader::with_capacity(1 << 16, File::open(path).map_err(failed)?);
+        // What it is comes before how it is called.
+        let beginning = input.fill_buf().map_err(failed)?;
+        if let Some(problem) = something_else(beginning) {
+            return Err(TapeError::NoTape { file: name, problem });
+        }
         let symbol = match &options.symbol {
             Some(symbol) => symbol.clone(),
             None => Symbol::from_file_name(path).map_err(TapeError::Symbol)?,
         };
-        let name = path.display().to_string();
-        let failed = |error| TapeError::Io { file: name.clone(), error };
-        let file = File::open(path).map_err(failed)?;
-        Tape::read_from(&name, symbol, BufReader::with_capacity(1 << 16, file), options)
+        Tape::read_from(&name, symbol, input, options)
     }
 
     /// Reads lines from anywhere; `name` is what errors call it.
@@ -250,6 +267,13 @@ impl Tape {
                     }
                 }
             }
+        }
+        // Not one good line: then the lines are not what is broken.
+        if trades.is_empty()
+            && let Some(first) = broken.first()
+        {
+            let problem = format!("no line is a trade ({first}).\n{WANTED}");
+            return Err(TapeError::NoTape { file: name.to_owned(), problem });
         }
         if broken_count > 0 && !options.skip_broken {
             return Err(TapeError::Broken { lines: broken, count: broken_count });
@@ -333,6 +357,19 @@ fn next_line(input: &mut impl BufRead, text: &mut Vec<u8>) -> io::Result<bool> {
         text.pop();
     }
     Ok(any)
+}
+
+/// What a file is that is no text, by its first bytes.
+fn something_else(beginning: &[u8]) -> Option<String> {
+    if beginning.starts_with(b"PK\x03\x04") {
+        Some("it is a zip archive; unpack it (`unzip FILE`), and give the .csv that is in it".into())
+    } else if beginning.starts_with(b"\x1f\x8b") {
+        Some("it is compressed by gzip; unpack it (`gunzip FILE`), and give the .csv".into())
+    } else if beginning.contains(&0) {
+        Some(format!("it is no text.\n{WANTED}"))
+    } else {
+        None
+    }
 }
 
 /// A first line without any number is a header.
@@ -636,6 +673,28 @@ mod tests {
         let options = ReadOptions { skip_broken: true, ..ReadOptions::default() };
         let error = read_with(text.as_bytes(), &options).unwrap_err().to_string();
         assert!(error.contains("trade 553287559 stands in line 1 and again in line 3"), "{error}");
+    }
+
+    #[test]
+    fn another_file_is_told_as_what_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let told = |name: &str, contents: &[u8]| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, contents).unwrap();
+            Tape::read(&path, &ReadOptions::default()).unwrap_err().to_string()
+        };
+        let zip = told("BTCUSDT-trades-2021-01-08.zip", b"PK\x03\x04\x14\0\0\0");
+        assert!(zip.contains("is a zip archive; unpack it"), "{zip}");
+        assert!(told("tape.csv.gz", b"\x1f\x8b\x08\0").contains("gzip"), "what it is comes before its name");
+        assert!(told("BTCUSDT.csv", b"\x7fELF\x02\x01\x01\0\0").contains("it is no text"));
+        let klines = "1610064000000,39432.48,39432.49,39400.01,39410.22,12.5,1610064059999,492000.1,700,6.1,240000.0,0\n";
+        let klines = told("BTCUSDT-1m-2021-01.csv", klines.repeat(30).as_bytes());
+        assert!(klines.contains("no line is a trade") && klines.contains("has 12 columns"), "{klines}");
+        assert!(klines.lines().count() == 4 && !klines.contains("--skip-broken"), "{klines}");
+        let nowhere = Tape::read(Path::new("/nowhere/tape.csv"), &ReadOptions::default()).unwrap_err();
+        assert!(nowhere.to_string().starts_with("/nowhere/tape.csv: No such file"), "{nowhere}");
+        let folder = Tape::read(folder.path(), &ReadOptions::default()).unwrap_err();
+        assert!(folder.to_string().contains("Is a directory"), "{folder}");
     }
 
     #[test]
