@@ -16,6 +16,7 @@ pub mod out;
 pub mod page;
 pub mod processes;
 pub mod progress;
+pub mod reach;
 pub mod script;
 pub mod serve;
 pub mod settle;

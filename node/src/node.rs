@@ -92,7 +92,8 @@ impl Node {
             limits,
         };
         let opened = Host::open_on(host_config, connect.clone(), storage).await;
-        let host = Arc::new(opened.context("open the data folder")?);
+        let host = opened.with_context(|| format!("open the data folder {}", config.data.display()));
+        let host = Arc::new(host?);
         let started = Node::start_on(config, host.clone(), connect, incoming).await;
         if started.is_err() {
             // A process that ends while the database is open may be aborted by it, instead of ending with the error.
@@ -141,8 +142,7 @@ impl Node {
         let local = Arc::new(Local { participant: participant.clone() });
         let coordinator =
             CoordinatorNode::start(coordinator_config, &host, &config.coordinator_voters()?, connect, local)
-                .await
-                .context("start the coordinator")?;
+                .await?;
         let mut routes = Routes::builder();
         let health = standard_services(&mut routes).await?;
         routes

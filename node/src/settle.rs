@@ -10,21 +10,14 @@
 //! - Refused without being proposed (overload, no node): submitted again under the same id.
 //! - Anything else ends it: it is counted by its reason.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    path::PathBuf,
-    process::ExitCode,
-    sync::Mutex,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, fmt, path::PathBuf, process::ExitCode, sync::Mutex, time::Duration};
 
 use anyhow::Context as _;
 use clap::Args;
 use futures::{StreamExt as _, stream};
 use hdrhistogram::Histogram;
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use uuid::Uuid;
 use verdict_client::{
     AbortReason, Answer, Batch, Client, ClientError, Options, Outcome, Submitter, UndecidedState, value,
@@ -34,14 +27,13 @@ use verdict_proto::v1::{Operation, operation::Kind};
 use crate::{
     book::{Book, TREASURY},
     progress::Progress,
+    reach::reach,
     tape::{ReadOptions, Symbol, Tape, amount_text},
     totals::{ROWS_PER_READ, Totals},
 };
 
 /// How long one batch may take to a definite end, over all its tries.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How long a cluster may take to answer at all.
-const REACH_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long the server is asked to wait when it is asked for an outcome.
 const RESOLVE_WAIT: Duration = Duration::from_secs(2);
 /// The pause between two tries of one batch, beyond those that the client makes.
@@ -157,7 +149,7 @@ pub struct Run {
     /// Ids that were given up for fresh ones: the number of the batch, the id, and why it is aborted.
     pub given_up: Vec<(usize, Uuid, AbortReason)>,
     /// When it began: the times in `report.pauses` count from here.
-    pub began: Instant,
+    pub began: std::time::Instant,
 }
 
 /// The figures of a run.
@@ -532,7 +524,7 @@ impl Tally {
         self.report.streams = streams;
         self.report.seconds = seconds;
         self.report.per_second = self.report.committed as f64 / seconds.max(1e-9);
-        Run { report: self.report, ends: self.ends, given_up: self.given_up, began: self.began }
+        Run { report: self.report, ends: self.ends, given_up: self.given_up, began: self.began.into_std() }
     }
 }
 
@@ -606,7 +598,6 @@ pub async fn fund(client: &Client, book: &Book, window: usize) -> anyhow::Result
 /// `verdict settle`: 0 if every trade is settled and no total has changed.
 pub async fn run(args: SettleArgs) -> anyhow::Result<ExitCode> {
     let book = args.tape.book(20_000)?;
-    let addresses = args.connect.join(", ");
     let client = Client::connect(args.connect, Options::default())?;
     let window = args.tape.window as usize;
     let tape = book.tape();
@@ -621,11 +612,7 @@ pub async fn run(args: SettleArgs) -> anyhow::Result<ExitCode> {
         crate::err!("{} broken lines were left out", tape.skipped);
     }
     // A wrong address is told at once, not after the patience of every batch.
-    client
-        .with_timeout(REACH_TIMEOUT)
-        .status()
-        .await
-        .with_context(|| format!("reach the cluster at {addresses}"))?;
+    reach(&client).await?;
     let funding = fund(&client, &book, window).await.context("fund the users")?;
     let before = Totals::read(&client, &book.accounts()).await?;
     let trades = book.trades();
@@ -808,7 +795,7 @@ mod tests {
         work.run(&client, &Progress::new("test", 50)).await
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn interrupted_batches_are_settled_under_fresh_ids_and_the_old_ids_are_remembered() {
         let first = vec![aborted(AbortReason::Interrupted, None), aborted(AbortReason::Contention, None)];
         let node = Node { first, ..Node::default() };
@@ -826,7 +813,7 @@ mod tests {
         assert_eq!(ids.len(), 150, "every try had an id of its own");
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn refused_batches_are_settled_under_the_same_ids() {
         let code = tonic::Code::ResourceExhausted.into();
         let refusal = CallError { code, message: "full".into(), field: String::new(), retry_after_ms: 1 };
@@ -838,7 +825,7 @@ mod tests {
         assert_eq!(ids.len(), 50);
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn unknown_batches_are_asked_for_by_id_until_they_are_definite() {
         let lost = || vec![told(undecided(UndecidedState::Unknown)); 20];
         let told = Some(Said::Committed(Committed { stamp: 9 }));
@@ -852,7 +839,7 @@ mod tests {
         assert!(run.ends.iter().all(|(_, end)| *end == End::Committed(7)));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_record_that_exists_means_settled_before_and_given_ids_are_tried_once() {
         let first = vec![aborted(AbortReason::RowExists, Some(0))];
         let run = settle(Node { first, ..Node::default() }, None).await;

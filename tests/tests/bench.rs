@@ -141,7 +141,10 @@ fn what_can_t_be_measured_is_told_and_exit_status_2() {
         (&["--case", "unary-1,nonsense"], "there is no case \"nonsense\""),
         (&["--case", "stream-x"], "\"x\" is no number"),
         (&["--case", "shards-4", "--connect", "127.0.0.1:1"], "needs a cluster of its own"),
-        (&["--connect", "127.0.0.1:1", "--case", "unary-1"], "no node answers at 127.0.0.1:1"),
+        (
+            &["--connect", "127.0.0.1:1", "--case", "unary-1"],
+            "no connection to 127.0.0.1:1 (nobody listens there)",
+        ),
         (
             &["--accounts", "200", "--shards", "64", "--case", "unary-1"],
             "200 accounts are too few for 64 shards",

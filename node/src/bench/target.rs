@@ -12,6 +12,7 @@ use crate::{
     cluster_state::{leader_in, wait_whole},
     ctl::status::replicas,
     processes::{self, Cluster, Plan},
+    reach::reach,
     usage::Usage,
 };
 
@@ -58,8 +59,7 @@ impl Target {
     /// A cluster that runs. `processes` are its nodes' on this machine, in the order of the nodes' ids.
     pub async fn connect(addresses: &[String], processes: &[u32]) -> anyhow::Result<Target> {
         let client = processes::client(addresses.to_vec())?;
-        let status = client.status().await;
-        let status = status.with_context(|| format!("no node answers at {}", addresses.join(", ")))?;
+        let status = reach(&client).await?;
         let shards = replicas(&status).map(|(_, group)| group.group_id).max().unwrap_or_default();
         let nodes: Vec<u64> = status.nodes.iter().map(|node| node.node_id).collect();
         wait_whole(&client, &nodes, shards, || Ok(())).await?;

@@ -54,6 +54,18 @@ pub enum MemberCommand {
     },
 }
 
+impl MemberCommand {
+    /// How long it may try, if it says so itself.
+    pub fn patience(&self) -> Option<Duration> {
+        match self {
+            MemberCommand::List => None,
+            MemberCommand::Add { patience, .. }
+            | MemberCommand::Remove { patience, .. }
+            | MemberCommand::Replace { patience, .. } => Some(Duration::from_secs(*patience)),
+        }
+    }
+}
+
 fn parse_node(text: &str) -> Result<(u64, String), String> {
     let wrong = || format!("{text:?} is no node: write ID=HOST:PORT, like 4=10.0.0.4:7400");
     let (id, address) = text.split_once('=').ok_or_else(wrong)?;
@@ -65,7 +77,7 @@ fn parse_node(text: &str) -> Result<(u64, String), String> {
 /// Runs a command.
 pub async fn run(client: &Client, command: MemberCommand, as_json: bool) -> anyhow::Result<()> {
     let within = |patience| Instant::now() + Duration::from_secs(patience);
-    let tell = |line: &str| println!("{line}");
+    let tell = |line: &str| crate::out!("{line}");
     match command {
         MemberCommand::List => {
             let members = client.members().await?;
@@ -76,7 +88,7 @@ pub async fn run(client: &Client, command: MemberCommand, as_json: bool) -> anyh
                 Change { client, add: Some(node), remove: None, deadline: within(patience), tell: &tell };
             let hosted = change.let_in(node, &address).await?;
             change.in_groups(&hosted).await?;
-            println!("node {node} is a member");
+            crate::out!("node {node} is a member");
             Ok(())
         }
         MemberCommand::Remove { node, patience } => {
@@ -214,11 +226,11 @@ fn list(view: &ClusterView) -> anyhow::Result<()> {
             votes.entry(*node).or_default().push(format!("{} (no vote yet)", group.group_id));
         }
     }
-    println!("{:<6} {:<24} {:<8} groups", "node", "address", "state");
+    crate::out!("{:<6} {:<24} {:<8} groups", "node", "address", "state");
     for record in &view.nodes {
         let state = if record.removed { "removed" } else { "member" };
         let groups = votes.get(&record.node_id).map(|groups| groups.join(", ")).unwrap_or_default();
-        println!("{:<6} {:<24} {state:<8} {groups}", record.node_id, record.address);
+        crate::out!("{:<6} {:<24} {state:<8} {groups}", record.node_id, record.address);
     }
     Ok(())
 }

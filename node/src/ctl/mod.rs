@@ -16,17 +16,20 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand};
 use serde_json::{Value as Json, json};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
-use verdict_client::{Client, Options, Outcome, Row, UndecidedState, Value, row, value::Kind};
+use verdict_client::{Client, Options, Outcome, Row, UndecidedState, Value, no_connection, row, value::Kind};
 use verdict_proto::connect::{Connect as _, Tcp};
 use verdict_proto::v1::{Decision, HistoryEntry, InDoubtPart, history_entry::Change, outcome};
 
-use crate::settle::reason_name;
+use crate::{
+    reach::{advised, telling},
+    settle::reason_name,
+};
 
 pub use batch_json::parse_batch;
 
@@ -150,12 +153,22 @@ pub async fn run(args: CtlArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn execute(args: CtlArgs) -> anyhow::Result<u8> {
-    let options = Options { timeout: Duration::from_secs(args.timeout), ..Options::default() };
+    let timeout = Duration::from_secs(args.timeout);
+    let options = Options { timeout, ..Options::default() };
+    let client = Client::connect(args.connect.clone(), options)?;
+    let own = if let CtlCommand::Member(change) = &args.command { change.patience() } else { None };
+    let patience = own.unwrap_or(timeout);
+    let tell = |trouble| crate::err!("{trouble}");
+    let end = telling(&client, patience, tell, command(&client, args)).await;
+    end.map_err(|error| advised(&client, error))
+}
+
+async fn command(client: &Client, args: CtlArgs) -> anyhow::Result<u8> {
     let first_node = args.connect.first().cloned().unwrap_or_default();
-    let client = Client::connect(args.connect, options)?;
     match args.command {
         CtlCommand::Submit { file } => {
-            let batch = parse_batch(&read_input(&file)?).map_err(anyhow::Error::msg)?;
+            let batch = parse_batch(&read_input(&file)?);
+            let batch = batch.map_err(|problem| anyhow!("{}: {problem}", file.display()))?;
             // Before the first try: whoever loses the answer can ask for the id.
             crate::err!("batch {}", batch.id);
             let outcome = client.submit(&batch).await?;
@@ -168,8 +181,8 @@ async fn execute(args: CtlArgs) -> anyhow::Result<u8> {
             show(&outcome_json(&id, &outcome))?;
             Ok(outcome_code(&outcome))
         }
-        CtlCommand::Read { rows } => read(&client, rows, args.json).await,
-        CtlCommand::History { row, from, limit } => history(&client, row, from, limit, args.json).await,
+        CtlCommand::Read { rows } => read(client, rows, args.json).await,
+        CtlCommand::History { row, from, limit } => history(client, row, from, limit, args.json).await,
         CtlCommand::Status => {
             let status = client.status().await?;
             if args.json {
@@ -198,7 +211,7 @@ async fn execute(args: CtlArgs) -> anyhow::Result<u8> {
             show(&json!({ "group": group, "to_node": answer.to_node }))?;
             Ok(0)
         }
-        CtlCommand::Member(command) => member::run(&client, command, args.json).await.map(|()| 0),
+        CtlCommand::Member(command) => member::run(client, command, args.json).await.map(|()| 0),
         CtlCommand::Health => health(&first_node, Duration::from_secs(args.timeout)).await,
         CtlCommand::Snapshot { group } => {
             let answer = client.trigger_snapshot(&first_node, group).await?;
@@ -215,8 +228,12 @@ async fn health(address: &str, patience: Duration) -> anyhow::Result<u8> {
     let mut client = HealthClient::new(channel);
     let answer = tokio::time::timeout(patience, client.check(question)).await;
     let answer = answer.with_context(|| format!("no answer from {address} in time"))?;
-    let answer = answer.with_context(|| format!("ask {address}"))?.into_inner();
-    println!("{}", answer.status().as_str_name());
+    let answer = answer.map_err(|status| match no_connection(&status) {
+        Some(why) => anyhow!("no connection to {address} ({why})"),
+        None => anyhow!("{address} answered: {}", status.message()),
+    })?;
+    let answer = answer.into_inner();
+    crate::out!("{}", answer.status().as_str_name());
     Ok(if answer.status() == ServingStatus::Serving { 0 } else { ERROR })
 }
 

@@ -101,7 +101,7 @@ fn replica_line(status: &StatusResponse, node: &NodeStatus, group: &GroupStatus)
     [
         if is_shard { format!("shard {}", group.group_id) } else { "coordinator".to_owned() },
         node.node_id.to_string(),
-        role_name(group.role()).to_owned(),
+        role_text(group),
         group.term.to_string(),
         leader,
         group.last_index.to_string(),
@@ -122,6 +122,20 @@ fn node_line(node: &NodeStatus) -> String {
     } else {
         format!("node {} at {}: NOT REACHABLE: {}\n", node.node_id, node.address, node.error)
     }
+}
+
+/// The role for people. A leader that hears no quorum can't do anything, and another one may lead.
+fn role_text(group: &GroupStatus) -> String {
+    match hears_quorum(group) {
+        Some(false) => "leader, hears no quorum".to_owned(),
+        Some(true) | None => role_name(group.role()).to_owned(),
+    }
+}
+
+/// Whether a leader hears a majority of the voters, itself included; none of those that don't lead.
+fn hears_quorum(group: &GroupStatus) -> Option<bool> {
+    let heard = group.voters.len().saturating_sub(group.silent_voters.len());
+    (group.role() == ReplicaRole::Leader).then_some(2 * heard > group.voters.len())
 }
 
 fn role_name(role: ReplicaRole) -> &'static str {
@@ -172,6 +186,7 @@ fn group_json(status: &StatusResponse, node: &NodeStatus, group: &GroupStatus) -
         "snapshot_index": group.snapshot_index,
         "voters": group.voters,
         "silent_voters": group.silent_voters,
+        "hears_quorum": hears_quorum(group),
         "in_doubt": group.in_doubt,
         "in_doubt_age_max_ms": group.in_doubt_age_max_ms,
         "held_locks": group.held_locks,
@@ -201,6 +216,24 @@ mod tests {
             ..NodeStatus::default()
         });
         StatusResponse { nodes: nodes.collect() }
+    }
+
+    #[test]
+    fn a_leader_without_a_quorum_is_told_apart() {
+        let told = |role: ReplicaRole, silent_voters: Vec<u64>| {
+            let mut status = status(&[(5, "aa")]);
+            let group = &mut status.nodes[0].groups[0];
+            (group.voters, group.silent_voters) = (vec![1, 2, 3], silent_voters);
+            group.role = role.into();
+            (
+                table(&status).contains("leader, hears no quorum"),
+                json(&status)["nodes"][0]["groups"][0]["hears_quorum"].clone(),
+            )
+        };
+        assert_eq!(told(ReplicaRole::Leader, vec![]), (false, json!(true)));
+        assert_eq!(told(ReplicaRole::Leader, vec![2]), (false, json!(true)));
+        assert_eq!(told(ReplicaRole::Leader, vec![2, 3]), (true, json!(false)));
+        assert_eq!(told(ReplicaRole::Follower, vec![]), (false, Json::Null));
     }
 
     #[test]
