@@ -19,6 +19,9 @@ const FOUNDERS_PER_GROUP: u64 = 3;
 const PORT: u16 = 7400;
 /// How long one `docker` command may take.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often a container is tried to be paused, and the time between.
+const PAUSE_TRIES: u32 = 20;
+const PAUSE_AGAIN: Duration = Duration::from_millis(100);
 
 /// The containers.
 #[derive(Debug)]
@@ -165,6 +168,21 @@ impl Compose {
         let mut arguments = command.to_vec();
         arguments.extend(containers.iter().map(String::as_str));
         docker(&arguments).await.map(drop)
+    }
+
+    /// Pauses containers. Under load the kernel may not get to freeze one in time; the next try does.
+    pub async fn pause(&self, nodes: &[u64]) -> anyhow::Result<()> {
+        for node in nodes {
+            let mut tries = 0;
+            while let Err(error) = self.each(&["pause"], &[*node]).await {
+                tries += 1;
+                if tries == PAUSE_TRIES {
+                    return Err(error);
+                }
+                tokio::time::sleep(PAUSE_AGAIN).await;
+            }
+        }
+        Ok(())
     }
 
     /// Whether a container runs.

@@ -166,7 +166,7 @@ impl Field {
     pub async fn pause(&mut self, nodes: &[u64]) -> anyhow::Result<()> {
         match self {
             Field::Local(local) => nodes.iter().try_for_each(|node| local.cluster.pause(*node)),
-            Field::Compose(compose) => compose.each(&["pause"], nodes).await,
+            Field::Compose(compose) => compose.pause(nodes).await,
         }
     }
 

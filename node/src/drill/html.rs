@@ -21,7 +21,8 @@ pub fn page(report: &Report) -> String {
     write_events(&mut page, report);
     write_promises(&mut page, report);
     write_load(&mut page, report);
-    let again = format!("verdict drill {} --json report.json", report.scenario);
+    let on = if report.cluster.contains("containers") { " --compose" } else { "" };
+    let again = format!("verdict drill {}{on} --json report.json", report.scenario);
     page::end(&mut page, &report.version, &again);
     page
 }
