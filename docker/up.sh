@@ -17,7 +17,14 @@ for i in "${!nodes[@]}"; do
   services+=("$(service "${nodes[i]}")")
 done
 compose up --detach "${services[@]}"
-compose up --no-start --no-recreate --no-deps coordinator-4 shard-1-4 shard-2-4
+spares=(coordinator-4 shard-1-4 shard-2-4)
+compose up --no-start --no-recreate --no-deps "${spares[@]}"
+# docker-compose 1.29 gives a container that it doesn't start one network only.
+for spare in "${spares[@]}"; do
+  networks=$(docker inspect --format '{{range $name, $_ := .NetworkSettings.Networks}}{{$name}} {{end}}' "$VERDICT_NAME-$spare")
+  [[ " $networks" == *" ${VERDICT_NAME}_cluster "* ]] ||
+    docker network connect --alias "$spare.cluster" "${VERDICT_NAME}_cluster" "$VERDICT_NAME-$spare"
+done
 
 # The image's own program asks; so nothing else is needed on this machine.
 inside() { docker exec "$VERDICT_NAME-${services[0]}" verdict "$@"; }
