@@ -89,8 +89,10 @@ impl Failure {
         let retry_after = details.retry_info().and_then(|info| info.retry_delay);
         let leader = details.error_info().and_then(|info| info.metadata.get("leader").cloned());
         match status.code() {
-            Code::Unavailable if details.error_info().is_none() && details.retry_info().is_none() => {
-                Failure::Lost(format!("unavailable, without saying that nothing was proposed: {message}"))
+            code @ (Code::Unavailable | Code::ResourceExhausted)
+                if details.error_info().is_none() && details.retry_info().is_none() =>
+            {
+                Failure::Lost(format!("{code:?}, without saying that nothing was proposed: {message}"))
             }
             code => {
                 let violation = details.bad_request().and_then(|bad| bad.field_violations.first());
@@ -183,8 +185,9 @@ mod tests {
 
     #[test]
     fn only_a_status_with_details_says_that_nothing_was_proposed() {
-        let bare = Status::unavailable("upstream reset");
-        assert!(matches!(Failure::of_status(&bare), Failure::Lost(_)));
+        for bare in [Status::unavailable("upstream reset"), Status::resource_exhausted("quota")] {
+            assert!(matches!(Failure::of_status(&bare), Failure::Lost(_)), "{bare:?}");
+        }
 
         let mut details = ErrorDetails::new();
         details.set_error_info("NOT_LEADER", "verdict", [("leader".to_owned(), "n:2".to_owned())]);
@@ -211,7 +214,11 @@ mod tests {
 
     #[test]
     fn a_timeout_claims_nothing() {
-        let said = Status::deadline_exceeded("late");
-        assert!(matches!(Failure::of_status(&said), Failure::Lost(_)));
+        use Code::{Aborted, Cancelled, DataLoss, DeadlineExceeded, Internal, Ok, Unknown};
+        for code in [DeadlineExceeded, Cancelled, Unknown, Aborted, Internal, DataLoss, Ok] {
+            assert!(matches!(Failure::of_status(&Status::new(code, "late")), Failure::Lost(_)), "{code:?}");
+            let error = CallError { code: code as i32, ..CallError::default() };
+            assert!(matches!(Failure::of_call_error(error), Failure::Lost(_)), "{code:?}");
+        }
     }
 }

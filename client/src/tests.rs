@@ -45,7 +45,15 @@ enum Act {
     Undecided,
     /// Settles it, and the connection ends with such a status, as gRPC's libraries make them.
     End(Code),
+    /// Settles it, as without a script.
+    Settle,
+    /// Settles it, and answers when [`Fake::release`] says so; in a stream only.
+    Hold,
+    /// Answers for batches that nobody has sent, then settles it; in a stream only.
+    Babble,
 }
+
+type Answers = tokio::sync::mpsc::UnboundedSender<Result<SubmitStreamResponse, Status>>;
 
 #[derive(Debug, Default)]
 struct World {
@@ -57,6 +65,8 @@ struct World {
     script: BTreeMap<&'static str, VecDeque<Act>>,
     /// The outcome of batches whose first partition is this.
     aborts: Option<&'static str>,
+    /// Answers that are held back, and their streams.
+    held: Vec<(Answers, SubmitStreamResponse)>,
 }
 
 impl World {
@@ -86,6 +96,8 @@ enum Reply {
     Break(Box<Status>),
     End,
     Silence,
+    Hold(Said),
+    Babble(Said),
 }
 
 impl Node {
@@ -97,7 +109,14 @@ impl Node {
             Reply::Refuse(Box::new(Status::with_error_details(code, message, details)))
         };
         match act {
-            None => Reply::Say(world.settle(batch)),
+            None | Some(Act::Settle) => match world.settled.get(&batch.id) {
+                Some((known, _)) if known != batch => {
+                    refuse(Code::AlreadyExists, "known with other contents", ErrorDetails::new())
+                }
+                _ => Reply::Say(world.settle(batch)),
+            },
+            Some(Act::Hold) => Reply::Hold(world.settle(batch)),
+            Some(Act::Babble) => Reply::Babble(world.settle(batch)),
             Some(Act::LoseAnswer) => {
                 world.settle(batch);
                 Reply::End
@@ -142,7 +161,9 @@ impl Settlement for Node {
     async fn submit(&self, request: Request<SubmitRequest>) -> Result<Response<SubmitResponse>, Status> {
         let batch = request.into_inner().batch.unwrap();
         match self.take(&batch) {
-            Reply::Say(said) => Ok(Response::new(SubmitResponse { outcome: Some(outcome(&batch, said)) })),
+            Reply::Say(said) | Reply::Hold(said) | Reply::Babble(said) => {
+                Ok(Response::new(SubmitResponse { outcome: Some(outcome(&batch, said)) }))
+            }
             Reply::Refuse(status) | Reply::Break(status) => Err(*status),
             Reply::End => Err(Status::internal("the connection is about to break")),
             Reply::Silence => std::future::pending().await,
@@ -156,25 +177,46 @@ impl Settlement for Node {
         request: Request<Streaming<SubmitStreamRequest>>,
     ) -> Result<Response<Self::SubmitStreamStream>, Status> {
         let node = self.clone();
-        let answers = request.into_inner().filter_map(move |request| {
-            let node = node.clone();
-            async move {
-                let batch = request.ok()?.batch.unwrap();
-                let result = match node.take(&batch) {
-                    Reply::Say(said) => Answered::Outcome(outcome(&batch, said)),
-                    Reply::Refuse(status) => Answered::Error(CallError {
+        let mut requests = request.into_inner();
+        let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(Ok(request)) = requests.next().await {
+                let batch = request.batch.unwrap();
+                let answer =
+                    |result| SubmitStreamResponse { batch_id: batch.id.clone(), result: Some(result) };
+                let answer = match node.take(&batch) {
+                    Reply::Say(said) => Ok(answer(Answered::Outcome(outcome(&batch, said)))),
+                    Reply::Refuse(status) => Ok(answer(Answered::Error(CallError {
                         code: status.code().into(),
                         message: status.message().into(),
                         field: String::new(),
                         retry_after_ms: 5,
-                    }),
-                    Reply::End => return Some(Err(Status::unknown("broken"))),
-                    Reply::Break(status) => return Some(Err(*status)),
-                    Reply::Silence => return None,
+                    }))),
+                    Reply::End => Err(Status::unknown("broken")),
+                    Reply::Break(status) => Err(*status),
+                    Reply::Silence => continue,
+                    Reply::Hold(said) => {
+                        let held = (sender.clone(), answer(Answered::Outcome(outcome(&batch, said))));
+                        node.world.lock().unwrap().held.push(held);
+                        continue;
+                    }
+                    Reply::Babble(said) => {
+                        for batch_id in ["", "01a1f936-de90-7f17-a270-2a2f603137d3"].map(str::to_owned) {
+                            let committed = Said::Committed(v1::Committed { stamp: 77 });
+                            let stray = v1::Outcome { batch_id: batch_id.clone(), result: Some(committed) };
+                            let result = Some(Answered::Outcome(stray));
+                            let _ = sender.send(Ok(SubmitStreamResponse { batch_id, result }));
+                        }
+                        Ok(answer(Answered::Outcome(outcome(&batch, said))))
+                    }
                 };
-                Some(Ok(SubmitStreamResponse { batch_id: batch.id, result: Some(result) }))
+                let ends = answer.is_err();
+                if sender.send(answer).is_err() || ends {
+                    return;
+                }
             }
         });
+        let answers = futures::stream::poll_fn(move |context| receiver.poll_recv(context));
         Ok(Response::new(answers.boxed()))
     }
 
@@ -237,6 +279,14 @@ impl Fake {
 
     fn tries(&self) -> Vec<(&'static str, String)> {
         self.world.lock().unwrap().tries.clone()
+    }
+
+    /// Sends the answers that were held back, in their order.
+    fn release(&self) {
+        for (stream, answer) in std::mem::take(&mut self.world.lock().unwrap().held) {
+            // The client may have given the stream up.
+            let _ = stream.send(Ok(answer));
+        }
     }
 
     fn settled(&self) -> usize {
@@ -422,8 +472,11 @@ async fn a_submitter_answers_the_same_id_with_the_same_contents_alike_and_refuse
 #[tokio::test(start_paused = true)]
 async fn a_submitter_tells_unknown_and_unavailable_apart_at_the_deadline() {
     let fake = Fake::new(vec![Act::NeverAnswer; 1000]);
-    let silent = fake.client(&["a:1"], 500).submitter(8).submit(batch()).await;
-    assert!(matches!(silent.result, Ok(Outcome::Unknown { .. })), "{silent:?}");
+    // A try may take 300 ms: the time runs out in the first one, and in the second.
+    for timeout in [200, 500] {
+        let silent = fake.client(&["a:1"], timeout).submitter(8).submit(batch()).await;
+        assert!(matches!(silent.result, Ok(Outcome::Unknown { .. })), "{silent:?}");
+    }
     let nobody = fake.client(&["nobody:1"], 500).submitter(8).submit(batch()).await;
     assert!(matches!(nobody.result, Err(ClientError::Unavailable { .. })), "{nobody:?}");
 }
@@ -450,4 +503,54 @@ async fn calls_can_be_spawned() {
     spawnable(client.status());
     spawnable(client.trigger_snapshot("a:1", 0));
     spawnable(client.submitter(1).submit(batch.clone()));
+}
+
+/// The same id with other contents must not be told what became of the first.
+#[tokio::test(start_paused = true)]
+async fn a_late_answer_to_an_earlier_copy_is_not_taken_for_the_next_batch_with_its_id() {
+    let fake = Fake::new([Act::Hold, Act::Settle, Act::Settle, Act::Hold]);
+    let submitter = fake.client(&["a:1", "b:2"], 5000).submitter(8);
+    let one = batch();
+    let first = submitter.reserve().await.submit(one.clone());
+    // Others are answered meanwhile, so the stream is kept, and the first is sent once more on it.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(submitter.submit(batch()).await.result.is_ok());
+    let first = first.await;
+    assert_eq!((&first.result, first.lost), (&Ok(Outcome::Committed { stamp: 1 }), 1));
+    assert_eq!(submitter.stats(), crate::SubmitterStats { streams: 1, resubmitted: 1 });
+    let other = Batch { zero_sum: true, ..one };
+    let second = submitter.reserve().await.submit(other);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    fake.release();
+    let second = second.await;
+    assert!(matches!(second.result, Err(ClientError::DifferentContents { .. })), "{second:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_late_answer_to_a_batch_that_pauses_before_its_next_try_ends_it() {
+    let fake = Fake::new([Act::Hold, Act::Settle, Act::Undecided, Act::Undecided]);
+    let submitter = fake.client(&["a:1"], 5000).submitter(8);
+    let first = submitter.reserve().await.submit(batch());
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(submitter.submit(batch()).await.result.is_ok());
+    while fake.tries().len() < 3 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    fake.release();
+    let first = first.await;
+    assert_eq!(first.result, Ok(Outcome::Committed { stamp: 1 }));
+    // What was still to be done for it is done for nobody, and the others go on.
+    tokio::time::sleep(Duration::from_millis(1000)).await;
+    assert!(submitter.submit(batch()).await.result.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_for_a_batch_that_is_not_in_flight_is_nobodys() {
+    let fake = Fake::new([Act::Babble, Act::Babble]);
+    let submitter = fake.client(&["a:1"], 5000).submitter(8);
+    for stamp in 1..=2 {
+        let answer = submitter.submit(batch()).await;
+        assert_eq!((answer.result, answer.lost), (Ok(Outcome::Committed { stamp }), 0));
+    }
+    assert_eq!(submitter.stats().streams, 1, "and no reason to leave the stream");
 }
