@@ -34,6 +34,8 @@ mod network;
 mod node;
 mod on_disk;
 mod peer;
+#[cfg(test)]
+mod power;
 mod replica;
 mod service;
 mod snapshot;

@@ -143,11 +143,7 @@ async fn receive(
         }
     }
     let (path, reading) = (path.to_owned(), storage.clone());
-    let checked = apart(storage, move || {
-        file.sync()?;
-        let file = snapshot::received(&*reading, path)?;
-        snapshot::verify(&file, GroupId(group)).map(|_| file)
-    });
+    let checked = apart(storage, move || snapshot::received(&*reading, &*file, path, GroupId(group)));
     checked.await.map_err(|error| Status::internal(error.to_string()))?.map_err(failed)
 }
 

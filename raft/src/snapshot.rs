@@ -216,9 +216,17 @@ pub(crate) fn meta(file: &SnapshotFile, group: GroupId) -> io::Result<SnapshotMe
     FileReader::open(file, group).map(|reader| reader.header.meta)
 }
 
-/// A file that was received under a temporary name.
-pub(crate) fn received(storage: &dyn Storage, path: PathBuf) -> io::Result<SnapshotFile> {
-    SnapshotFile::open(storage, path)
+/// A file that was received under a temporary name: durable, and whole.
+pub(crate) fn received(
+    storage: &dyn Storage,
+    written: &dyn File,
+    path: PathBuf,
+    group: GroupId,
+) -> io::Result<SnapshotFile> {
+    written.sync()?;
+    let file = SnapshotFile::open(storage, path)?;
+    verify(&file, group)?;
+    Ok(file)
 }
 
 /// Removes what was never finished.

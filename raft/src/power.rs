@@ -1,0 +1,549 @@
+//! Rule R9, call by call: what somebody was told survives a loss of power. On a disk in memory that keeps nothing but what was synced,
+//! and that can lose the power before any chosen step.
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use bytes::Bytes;
+use openraft::{
+    EntryPayload, RaftLogReader as _,
+    entry::RaftEntry as _,
+    storage::{RaftLogStorage as _, RaftLogStorageExt as _, RaftStateMachine as _},
+};
+use verdict_protocol::{
+    ids::{GroupId, NodeId},
+    machine::Machine,
+    store::{Store, StoreError},
+};
+
+use crate::{
+    acknowledged::{Acknowledged, Mark},
+    api::{HostConfig, HostError, Limits, Timing},
+    disk::{Disk, Identity, snapshot_directory},
+    fatal::Fatal,
+    log::{GroupLog, LogStore},
+    replica::{Replica, StateMachine},
+    snapshot::{self, Snapshots},
+    standing::Life,
+    state::StoreLimits,
+    storage::{Batch, Cursor, File, Open, Reads, Start, Storage, Table, Tables},
+    types::{Command, Entry, LogId, Vote},
+    writer::{Running, Writer},
+};
+
+const GROUP: GroupId = GroupId(7);
+
+type Pairs = BTreeMap<Vec<u8>, Bytes>;
+
+/// What is on the disk, by name of table or file.
+#[derive(Clone, Default)]
+struct Contents {
+    tables: [Pairs; 3],
+    files: BTreeMap<PathBuf, Vec<u8>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    now: Contents,
+    synced: Contents,
+    /// The power is lost before the step after so many others.
+    steps_left: Option<u64>,
+    lost: bool,
+}
+
+/// The disk. Tables are synced together, and each file by itself; names at once.
+#[derive(Clone, Default)]
+struct Forgetful(Arc<Mutex<Inner>>);
+
+impl fmt::Debug for Forgetful {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Forgetful")
+    }
+}
+
+impl Forgetful {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap()
+    }
+
+    /// A write or a sync.
+    fn step<T>(&self, perform: impl FnOnce(&mut Inner) -> T) -> io::Result<T> {
+        let mut inner = self.inner();
+        match &mut inner.steps_left {
+            Some(0) => inner.lost = true,
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        if inner.lost { Err(io::Error::other("the power was lost")) } else { Ok(perform(&mut inner)) }
+    }
+
+    /// The disk after a loss of power now.
+    fn after_loss(&self) -> Forgetful {
+        let synced = self.inner().synced.clone();
+        Forgetful(Arc::new(Mutex::new(Inner { now: synced.clone(), synced, ..Inner::default() })))
+    }
+}
+
+struct RamCursor {
+    pairs: Vec<(Vec<u8>, Bytes)>,
+    place: usize,
+}
+
+impl Cursor for RamCursor {
+    fn item(&self) -> Option<(&[u8], &[u8])> {
+        self.pairs.get(self.place).map(|(key, value)| (&key[..], &value[..]))
+    }
+
+    fn next(&mut self) {
+        self.place = self.place.wrapping_add(1);
+    }
+
+    fn prev(&mut self) {
+        self.place = self.place.wrapping_sub(1);
+    }
+
+    fn status(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct View([Pairs; 3]);
+
+impl Reads for View {
+    fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Bytes>> {
+        Ok(self.0[table as usize].get(key).cloned())
+    }
+
+    fn cursor<'a>(
+        &'a self,
+        table: Table,
+        from: &[u8],
+        to: Option<&[u8]>,
+        start: Start,
+    ) -> Box<dyn Cursor + 'a> {
+        let pairs: Vec<_> = self.0[table as usize]
+            .range(from.to_vec()..)
+            .take_while(|(key, _)| to.is_none_or(|to| key.as_slice() < to))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
+        let place = if start == Start::First { 0 } else { pairs.len().wrapping_sub(1) };
+        Box::new(RamCursor { pairs, place })
+    }
+}
+
+struct RamTables(Forgetful);
+
+impl RamTables {
+    fn now(&self) -> View {
+        View(self.0.inner().now.tables.clone())
+    }
+}
+
+impl Reads for RamTables {
+    fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Bytes>> {
+        self.now().get(table, key)
+    }
+
+    fn cursor<'a>(
+        &'a self,
+        table: Table,
+        from: &[u8],
+        to: Option<&[u8]>,
+        start: Start,
+    ) -> Box<dyn Cursor + 'a> {
+        let View(tables) = self.now();
+        let view = View(tables);
+        let mut all = Vec::new();
+        let mut cursor = view.cursor(table, from, to, Start::First);
+        while let Some((key, value)) = cursor.item() {
+            all.push((key.to_vec(), Bytes::copy_from_slice(value)));
+            cursor.next();
+        }
+        let place = if start == Start::First { 0 } else { all.len().wrapping_sub(1) };
+        Box::new(RamCursor { pairs: all, place })
+    }
+}
+
+impl Tables for RamTables {
+    fn batch(&self) -> Box<dyn Batch> {
+        Box::new(RamBatch { disk: self.0.clone(), changes: Vec::new() })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.step(|inner| inner.synced.tables = inner.now.tables.clone())
+    }
+
+    fn view(&self) -> Box<dyn Reads + '_> {
+        Box::new(self.now())
+    }
+}
+
+enum Change {
+    Put(Table, Vec<u8>, Bytes),
+    Delete(Table, Vec<u8>),
+    DeleteRange(Table, Vec<u8>, Vec<u8>),
+}
+
+struct RamBatch {
+    disk: Forgetful,
+    changes: Vec<Change>,
+}
+
+impl Batch for RamBatch {
+    fn put(&mut self, table: Table, key: &[u8], value: &[u8]) {
+        self.changes.push(Change::Put(table, key.to_vec(), Bytes::copy_from_slice(value)));
+    }
+
+    fn delete(&mut self, table: Table, key: &[u8]) {
+        self.changes.push(Change::Delete(table, key.to_vec()));
+    }
+
+    fn delete_range(&mut self, table: Table, from: &[u8], to: &[u8]) {
+        self.changes.push(Change::DeleteRange(table, from.to_vec(), to.to_vec()));
+    }
+
+    fn bytes(&self) -> usize {
+        0
+    }
+
+    fn write(self: Box<Self>) -> io::Result<()> {
+        let RamBatch { disk, changes } = *self;
+        disk.step(|inner| {
+            for change in changes {
+                match change {
+                    Change::Put(table, key, value) => {
+                        inner.now.tables[table as usize].insert(key, value);
+                    }
+                    Change::Delete(table, key) => {
+                        inner.now.tables[table as usize].remove(&key);
+                    }
+                    Change::DeleteRange(table, from, to) => {
+                        inner.now.tables[table as usize].retain(|key, _| *key < from || *key >= to);
+                    }
+                }
+            }
+        })
+    }
+}
+
+#[derive(Debug)]
+struct RamFile(Forgetful, Mutex<PathBuf>);
+
+impl RamFile {
+    fn path(&self) -> PathBuf {
+        self.1.lock().unwrap().clone()
+    }
+}
+
+impl File for RamFile {
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(self.0.inner().now.files.get(&self.path()).map_or(0, |bytes| bytes.len() as u64))
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let inner = self.0.inner();
+        let bytes = inner.now.files.get(&self.path()).ok_or(io::ErrorKind::NotFound)?;
+        let found = bytes.get(offset as usize..).and_then(|rest| rest.get(..buffer.len()));
+        buffer.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.step(|inner| {
+            let file = inner.now.files.entry(self.path()).or_default();
+            file.resize(file.len().max(offset as usize + bytes.len()), 0);
+            file[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.step(|inner| {
+            let file = inner.now.files.get(&self.path()).cloned().unwrap_or_default();
+            inner.synced.files.insert(self.path(), file);
+        })
+    }
+}
+
+impl Storage for Forgetful {
+    fn open_tables(&self, _: &Path, _: usize) -> Result<Box<dyn Tables>, HostError> {
+        Ok(Box::new(RamTables(self.clone())))
+    }
+
+    fn create_folder(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn list(&self, folder: &Path) -> io::Result<Vec<PathBuf>> {
+        Ok(self.inner().now.files.keys().filter(|path| path.parent() == Some(folder)).cloned().collect())
+    }
+
+    fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn File>> {
+        let mut inner = self.inner();
+        match how {
+            Open::Existing if !inner.now.files.contains_key(path) => {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            Open::Existing => {}
+            Open::OrCreate => drop(inner.now.files.entry(path.to_owned()).or_default()),
+            Open::Empty => drop(inner.now.files.insert(path.to_owned(), Vec::new())),
+        }
+        Ok(Arc::new(RamFile(self.clone(), Mutex::new(path.to_owned()))))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.step(|inner| {
+            for contents in [&mut inner.now, &mut inner.synced] {
+                // Under the new name there is only what was synced under the old one.
+                let bytes = contents.files.remove(from).unwrap_or_default();
+                contents.files.insert(to.to_owned(), bytes);
+            }
+        })
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.step(|inner| {
+            inner.now.files.remove(path);
+            inner.synced.files.remove(path);
+        })
+    }
+
+    fn waits(&self) -> bool {
+        false
+    }
+}
+
+/// Counts what it is told, key by key.
+struct Registers;
+
+impl Machine for Registers {
+    type Reply = ();
+    type Config = ();
+
+    fn open((): &(), _: &dyn Store) -> Result<Registers, StoreError> {
+        Ok(Registers)
+    }
+
+    fn apply(&mut self, store: &mut dyn Store, _: u64, command: &[u8]) -> Result<(), StoreError> {
+        store.put(&[b"\x11", command].concat(), command)
+    }
+}
+
+/// The log and the state of one group, on a disk.
+struct Opened {
+    disk: Forgetful,
+    log: Arc<GroupLog>,
+    store: LogStore,
+    machine: StateMachine<Registers>,
+    writer: Writer,
+    _running: Running,
+}
+
+fn folder() -> &'static Path {
+    Path::new("/node")
+}
+
+fn tables(disk: &Forgetful) -> Arc<Disk> {
+    Disk::open(Arc::new(disk.clone()), folder(), 0).unwrap()
+}
+
+fn opened(disk: &Forgetful) -> io::Result<Opened> {
+    let tables = tables(disk);
+    let snapshots = snapshot_directory(folder());
+    snapshot::clean_up(disk, &snapshots)?;
+    let snapshots = Snapshots::open(Arc::new(disk.clone()), &snapshots, GROUP)?;
+    let acknowledged = Acknowledged::open(disk, folder())?;
+    let mark = acknowledged.marks().get(&GROUP.0).copied().unwrap_or_else(Mark::default);
+    let log = GroupLog::open(tables.clone(), GROUP, 0, mark)?;
+    let fatal = Fatal::new();
+    let (writer, running) = Writer::start(tables.clone(), acknowledged, Arc::default(), fatal.clone(), 64)?;
+    let limits = StoreLimits::of(&Limits::default());
+    let replica = Replica::open(tables, GROUP, (), snapshots, limits, fatal)?;
+    Ok(Opened {
+        disk: disk.clone(),
+        store: LogStore::new(log.clone(), writer.clone()),
+        log,
+        machine: StateMachine(Arc::new(replica)),
+        writer,
+        _running: running,
+    })
+}
+
+impl Opened {
+    /// The power is lost now, and comes back.
+    fn again(&self) -> Opened {
+        opened(&self.disk.after_loss()).unwrap()
+    }
+
+    async fn apply(&mut self, entries: Vec<Entry>) -> io::Result<()> {
+        let entries = entries.into_iter().map(|entry| Ok((entry, None)));
+        self.machine.apply(futures::stream::iter(entries)).await
+    }
+
+    fn applied(&self) -> Option<u64> {
+        self.machine.0.applied().borrow().map(|id| id.index)
+    }
+
+    fn holds(&self, index: u64) -> bool {
+        let key = [&b"\x11"[..], &index.to_be_bytes()].concat();
+        self.machine.0.read(|_, store| store.get(&key).unwrap().is_some())
+    }
+}
+
+fn log_id(index: u64) -> LogId {
+    LogId::new(openraft::vote::leader_id_std::CommittedLeaderId::new(1), index)
+}
+
+/// An entry that writes its index; the first one is Raft's own.
+fn entry(index: u64) -> Entry {
+    let command = Command(Bytes::copy_from_slice(&index.to_be_bytes()));
+    let payload = if index == 0 { EntryPayload::Blank } else { EntryPayload::Normal(command) };
+    Entry::new(log_id(index), payload)
+}
+
+async fn entries_of(opened: &mut Opened) -> Vec<u64> {
+    let entries = opened.store.try_get_log_entries(..).await.unwrap();
+    entries.iter().map(|entry| entry.log_id.index).collect()
+}
+
+#[tokio::test]
+async fn a_vote_that_was_told_survives() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    for term in [3, 8] {
+        let vote = Vote::new(term, 2);
+        node.store.save_vote(&vote).await.unwrap();
+        assert_eq!(node.again().store.read_vote().await.unwrap(), Some(vote));
+    }
+}
+
+#[tokio::test]
+async fn entries_and_truncations_that_were_told_survive() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    node.store.blocking_append((0..10).map(entry)).await.unwrap();
+    assert_eq!(entries_of(&mut node.again()).await, (0..10).collect::<Vec<_>>());
+    node.store.truncate_after(Some(log_id(6))).await.unwrap();
+    let mut again = node.again();
+    assert_eq!(entries_of(&mut again).await, (0..7).collect::<Vec<_>>());
+    again.store.blocking_append([entry(7)]).await.unwrap();
+    assert_eq!(entries_of(&mut again.again()).await, (0..8).collect::<Vec<_>>());
+}
+
+/// The file that tells how far the log went is written without a sync, and may reach the disk all the same. A log that was made shorter on
+/// purpose must not be taken for one that was cut.
+#[tokio::test]
+async fn a_truncation_is_no_damage_whatever_has_reached_the_disk() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    node.store.blocking_append((0..10).map(entry)).await.unwrap();
+    node.disk.open(&folder().join("acknowledged"), Open::OrCreate).unwrap().sync().unwrap();
+    node.store.truncate_after(Some(log_id(6))).await.unwrap();
+    assert_eq!(entries_of(&mut node.again()).await, (0..7).collect::<Vec<_>>());
+}
+
+/// A purged entry is never needed again: what it did is in the state.
+#[tokio::test]
+async fn what_is_purged_is_in_the_state() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    node.store.blocking_append((0..10).map(entry)).await.unwrap();
+    node.apply((0..10).map(entry).collect()).await.unwrap();
+    node.machine.0.ensure_snapshot().unwrap();
+    node.store.purge(log_id(8)).await.unwrap();
+    let mut again = node.again();
+    assert_eq!(again.log.purged().map(|id| id.index), Some(8));
+    assert_eq!(entries_of(&mut again).await, [9]);
+    assert!(again.applied() >= Some(8), "it can't be applied again: {:?}", again.applied());
+    assert!((1..=8).all(|index| again.holds(index)));
+}
+
+/// A snapshot of the first ten entries, as a file under a temporary name on another node's disk.
+async fn received(on: &Opened) -> snapshot::SnapshotFile {
+    let mut source = opened(&Forgetful::default()).unwrap();
+    source.apply((0..10).map(entry).collect()).await.unwrap();
+    source.machine.0.ensure_snapshot().unwrap();
+    let (_, sent) = source.machine.0.snapshots.current().unwrap();
+    let bytes = sent.read_at(0, usize::MAX).unwrap();
+    let path = on.machine.0.snapshots.temporary();
+    let file = on.disk.open(&path, Open::Empty).unwrap();
+    file.write_all_at(&bytes, 0).unwrap();
+    snapshot::received(&on.disk, &*file, path, GROUP).unwrap()
+}
+
+/// Who has installed a snapshot counts as one of those who have all of its entries.
+#[tokio::test]
+async fn an_installed_snapshot_survives() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    let file = received(&node).await;
+    let meta = snapshot::meta(&file, GROUP).unwrap();
+    node.machine.install_snapshot(&meta, file).await.unwrap();
+    let again = node.again();
+    assert_eq!(again.applied(), Some(9));
+    assert!((1..10).all(|index| again.holds(index)));
+    assert!(again.machine.0.snapshots.current().is_some(), "it can be passed on");
+}
+
+/// The power is lost before each write and each sync of an install and of the purge that follows: what is found is the state before or
+/// the state after, whole, and no entry is gone that it doesn't have.
+#[tokio::test]
+async fn a_loss_of_power_anywhere_in_an_install_leaves_the_old_state_or_the_new_one() {
+    let mut steps = 0;
+    let mut found = [0, 0];
+    loop {
+        let mut node = opened(&Forgetful::default()).unwrap();
+        node.store.blocking_append((0..3).map(entry)).await.unwrap();
+        node.apply((0..3).map(entry).collect()).await.unwrap();
+        let file = received(&node).await;
+        let meta = snapshot::meta(&file, GROUP).unwrap();
+        node.disk.inner().steps_left = Some(steps);
+        let installed = node.machine.install_snapshot(&meta, file).await.is_ok();
+        let purged = installed && node.store.purge(log_id(9)).await.is_ok();
+        let mut again = node.again();
+        let new = again.applied() == Some(9);
+        assert!(new || !installed, "before step {steps}: it was told, and is forgotten");
+        assert!(again.applied() >= again.log.purged().map(|id| id.index), "before step {steps}: a hole");
+        assert!((1..10).all(|index| again.holds(index) == (new || again.applied() > Some(index))));
+        found[usize::from(new)] += 1;
+        // It can be done again.
+        let file = received(&again).await;
+        again.machine.install_snapshot(&meta, file).await.unwrap();
+        assert!((1..10).all(|index| again.again().holds(index)), "before step {steps}");
+        steps += 1;
+        if purged {
+            break;
+        }
+    }
+    assert!(found[0] > 3 && found[1] > 1, "{found:?} of {steps} steps");
+}
+
+/// A disk that comes back under its old name must remember who it is, and be a later start than all before.
+#[tokio::test]
+async fn a_start_and_an_identity_that_were_told_survive() {
+    let disk = Forgetful::default();
+    let config = HostConfig {
+        cluster: "test".to_owned(),
+        node: NodeId(1),
+        address: "node1:1".to_owned(),
+        directory: folder().to_owned(),
+        timing: Timing::default(),
+        limits: Limits::default(),
+    };
+    let first = Identity::establish(&tables(&disk), &config).unwrap();
+    let life = Life::begin(&tables(&disk)).unwrap();
+    let disk = disk.after_loss();
+    assert_eq!(Identity::establish(&tables(&disk), &config).unwrap(), first);
+    let next = Life::begin(&tables(&disk)).unwrap();
+    assert_eq!((next.now.number, next.past.len()), (life.now.number + 1, 1));
+    assert_eq!(next.past[0].start, life.now);
+}
+
+/// The others are told how many promises a disk holds, and refuse one that comes back with fewer.
+#[tokio::test]
+async fn promises_are_counted_by_what_is_durable() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    node.store.save_vote(&Vote::new(3, 2)).await.unwrap();
+    node.store.blocking_append([entry(0)]).await.unwrap();
+    let told = node.writer.promises();
+    assert_eq!(told, 2);
+    assert_eq!(node.again().writer.promises(), told);
+}
