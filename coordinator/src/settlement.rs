@@ -177,24 +177,29 @@ impl Target for Forwarded {
     }
 
     fn result(&self, id: BatchId, answer: Answer) -> (submit_stream_response::Result, bool) {
-        let error = |failure: CallFailure| submit_stream_response::Result::Error(failure.call_error());
-        match answer {
-            Ok(Reply::Decided(decision)) => {
-                (submit_stream_response::Result::Outcome(outcome_to_wire(&decision)), false)
-            }
-            Ok(Reply::Refused(refusal)) => (error(refusal_of(&refusal, "batch.id", id)), false),
-            Ok(Reply::InProgress | Reply::NotSeen | Reply::Rows { .. } | Reply::History { .. }) => {
-                unreachable!("a submission is answered by a decision or a refusal")
-            }
-            Err(NotServed::Overloaded) => (error(CallFailure::overloaded("too many callers wait")), false),
-            Err(NotServed::NotLeader) => {
-                let failure = CallFailure::other(NOT_LEADER_CODE, "NOT_LEADER", "this node doesn't lead");
-                (error(failure), true)
-            }
-            Err(NotServed::Lost) => {
-                let message = "the leadership ended while the batch was under way";
-                (submit_stream_response::Result::Outcome(unknown(id, message)), true)
-            }
+        forwarded_result(id, answer)
+    }
+}
+
+/// The answer of the local driver, as it is sent to another node.
+fn forwarded_result(id: BatchId, answer: Answer) -> (submit_stream_response::Result, bool) {
+    let error = |failure: CallFailure| submit_stream_response::Result::Error(failure.call_error());
+    match answer {
+        Ok(Reply::Decided(decision)) => {
+            (submit_stream_response::Result::Outcome(outcome_to_wire(&decision)), false)
+        }
+        Ok(Reply::Refused(refusal)) => (error(refusal_of(&refusal, "batch.id", id)), false),
+        Ok(Reply::InProgress | Reply::NotSeen | Reply::Rows { .. } | Reply::History { .. }) => {
+            unreachable!("a submission is answered by a decision or a refusal")
+        }
+        Err(NotServed::Overloaded) => (error(CallFailure::overloaded("too many callers wait")), false),
+        Err(NotServed::NotLeader) => {
+            let failure = CallFailure::other(NOT_LEADER_CODE, "NOT_LEADER", "this node doesn't lead");
+            (error(failure), true)
+        }
+        Err(NotServed::Lost) => {
+            let message = "the leadership ended while the batch was under way";
+            (submit_stream_response::Result::Outcome(unknown(id, message)), true)
         }
     }
 }
@@ -370,5 +375,35 @@ fn unreadable(status: &Status) -> Status {
             CallFailure::invalid("batch", message).status()
         }
         code => Status::new(code, message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use verdict_protocol::ids::Millis;
+
+    use super::*;
+
+    /// Whoever hears NOT_LEADER takes it that the batch was given to nobody, and may say so to its caller.
+    #[test]
+    fn a_batch_that_was_under_way_is_unknown_to_the_node_that_forwarded_it() {
+        let id = BatchId::from_parts(Millis(1), [0; 10]);
+        let (lost, ends) = forwarded_result(id, Err(NotServed::Lost));
+        let submit_stream_response::Result::Outcome(v1::Outcome {
+            result: Some(v1::outcome::Result::Undecided(undecided)),
+            ..
+        }) = lost
+        else {
+            panic!("{lost:?}")
+        };
+        assert_eq!((undecided.state(), ends), (v1::UndecidedState::Unknown, true));
+        let (not_leader, ends) = forwarded_result(id, Err(NotServed::NotLeader));
+        let code = |said| match said {
+            submit_stream_response::Result::Error(error) => error.code,
+            submit_stream_response::Result::Outcome(outcome) => panic!("{outcome:?}"),
+        };
+        assert_eq!((code(not_leader), ends), (NOT_LEADER_CODE as i32, true));
+        let (overloaded, ends) = forwarded_result(id, Err(NotServed::Overloaded));
+        assert_eq!((code(overloaded), ends), (Code::ResourceExhausted as i32, false));
     }
 }

@@ -258,7 +258,8 @@ impl Table {
     /// The leader refused: final, unless an earlier try may have been proposed.
     fn refused(&mut self, tag: u64, failure: CallFailure) -> bool {
         let Some(pending) = self.pending.get(&tag) else { return false };
-        let final_anyway = matches!(failure.code, Code::InvalidArgument | Code::AlreadyExists);
+        // Not what a clock says: an earlier leader's may have shown another time.
+        let final_anyway = failure.code == Code::AlreadyExists;
         if !pending.maybe_proposed || final_anyway {
             self.answer(tag, Err(failure));
             return false;
@@ -719,6 +720,146 @@ mod tests {
         table.expire(later, &leaders());
         assert!(is_unknown(after_the_end));
         assert!(table.pending.is_empty() && table.by_id.is_empty());
+    }
+
+    const STREAM: u64 = 7;
+
+    /// How the try of a submission ends.
+    #[derive(Clone, Copy, Debug)]
+    enum End {
+        Driver(NotServed),
+        /// An answer in the stream: an outcome without a decision, an error with this code, or nothing.
+        Undecided,
+        Error(Code),
+        Empty,
+        /// The stream ends, by a broken connection or by the word that the node doesn't lead.
+        Broken,
+        NotLeading,
+        /// Another node leads now: the stream is given up.
+        GivenUp,
+    }
+
+    /// A submitter with one submission under way, as by that end.
+    fn under_way(end: End, deadline: Instant) -> (Submitter, tokio::sync::oneshot::Receiver<Submitted>) {
+        let limits = SubmitterLimits { submissions_max: 10, bytes_max: 1000, message_bytes_max: 1000 };
+        let (mut submitter, _) = Submitter::new(NodeId(1), limits, Arc::new(leaders()), None);
+        let (submission, answer) = submission(1, deadline);
+        submitter.table.add(submission);
+        take_up(&mut submitter, end);
+        (submitter, answer)
+    }
+
+    fn take_up(submitter: &mut Submitter, end: End) {
+        let via = match end {
+            End::Driver(_) => Via::Local,
+            _ => {
+                let (queue, _) = mpsc::channel(1);
+                let task = tokio::spawn(async {});
+                submitter.forward =
+                    Some(Forward { node: NodeId(2), stream: STREAM, queue: Some(queue), task });
+                Via::Stream(STREAM)
+            }
+        };
+        submitter.table.ready.clear();
+        submitter.table.pending.get_mut(&1).unwrap().under_way = Some(via);
+    }
+
+    fn end_try(submitter: &mut Submitter, end: End) {
+        use v1::submit_stream_response::Result as Said;
+        let id = BatchId::from_parts(Millis(1), [0; 10]);
+        let kind = match end {
+            End::Driver(why) => return submitter.answered(1, Err(why)),
+            End::GivenUp => return submitter.end_forward(),
+            End::Broken => ForwardKind::Ended(Status::unavailable("tcp connect error")),
+            End::NotLeading => ForwardKind::Ended(CallFailure::not_leader(None).status()),
+            End::Undecided | End::Error(_) | End::Empty => {
+                let result = match end {
+                    End::Undecided => Some(Said::Outcome(unknown(id, "lost"))),
+                    End::Error(code) => {
+                        Some(Said::Error(v1::CallError { code: code as i32, ..Default::default() }))
+                    }
+                    _ => None,
+                };
+                ForwardKind::Answered(v1::SubmitStreamResponse { batch_id: id.to_string(), result })
+            }
+        };
+        submitter.forward_event(ForwardEvent { stream: STREAM, kind });
+    }
+
+    /// UNAVAILABLE tells a caller that nothing was proposed, and may make it settle the same under another id.
+    #[tokio::test]
+    async fn only_a_try_that_was_given_to_nobody_leaves_room_for_unavailable() {
+        let now = Instant::now();
+        let given_to_nobody =
+            [End::Driver(NotServed::NotLeader), End::Error(NOT_LEADER_CODE), End::NotLeading];
+        let handed_over =
+            [End::Driver(NotServed::Lost), End::Undecided, End::Empty, End::Broken, End::GivenUp];
+        for end in given_to_nobody {
+            let (mut submitter, mut answer) = under_way(end, now);
+            end_try(&mut submitter, end);
+            submitter.table.expire(now, &submitter.leaders);
+            assert_eq!(answer.try_recv().unwrap().unwrap_err().code, Code::Unavailable, "{end:?}");
+        }
+        for first in handed_over {
+            // What comes after it takes nothing back.
+            for second in [None].into_iter().chain(given_to_nobody.map(Some)).chain(handed_over.map(Some)) {
+                let (mut submitter, mut answer) = under_way(first, now);
+                end_try(&mut submitter, first);
+                if let Some(second) = second {
+                    take_up(&mut submitter, second);
+                    end_try(&mut submitter, second);
+                }
+                submitter.table.expire(now, &submitter.leaders);
+                let outcome = answer.try_recv().unwrap().unwrap_or_else(|error| {
+                    panic!("after {first:?} and {second:?} the caller is told that nothing was proposed: {error:?}")
+                });
+                assert!(
+                    matches!(outcome.result, Some(v1::outcome::Result::Undecided(_))),
+                    "{first:?}, {second:?}: {outcome:?}"
+                );
+            }
+        }
+    }
+
+    /// A refusal is the last word only if no earlier try may still be settled.
+    #[tokio::test]
+    async fn a_refusal_by_a_leader_is_told_only_if_no_earlier_try_was_handed_over() {
+        let now = Instant::now();
+        let refusals = [End::Driver(NotServed::Overloaded), End::Error(Code::ResourceExhausted)];
+        for refusal in refusals {
+            let (mut submitter, mut answer) = under_way(refusal, now);
+            end_try(&mut submitter, refusal);
+            assert_eq!(answer.try_recv().unwrap().unwrap_err().code, Code::ResourceExhausted, "{refusal:?}");
+        }
+        for (first, then) in [
+            (End::Driver(NotServed::Lost), refusals[0]),
+            (End::Broken, refusals[1]),
+            (End::Undecided, End::Error(Code::Unavailable)),
+            (End::Broken, End::Error(Code::OutOfRange)),
+            (End::Driver(NotServed::Lost), End::Error(Code::InvalidArgument)),
+        ] {
+            let (mut submitter, mut answer) = under_way(first, now);
+            end_try(&mut submitter, first);
+            take_up(&mut submitter, then);
+            end_try(&mut submitter, then);
+            submitter.table.expire(now, &submitter.leaders);
+            let outcome = answer.try_recv().unwrap();
+            assert!(
+                matches!(&outcome, Ok(v1::Outcome { result: Some(v1::outcome::Result::Undecided(_)), .. })),
+                "{first:?}, {then:?}: {outcome:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn what_an_earlier_stream_says_is_not_heard() {
+        let now = Instant::now();
+        let (mut submitter, mut answer) = under_way(End::Broken, now);
+        let kind = ForwardKind::Ended(CallFailure::not_leader(None).status());
+        submitter.forward_event(ForwardEvent { stream: STREAM - 1, kind });
+        assert!(submitter.forward.is_some(), "the present stream goes on");
+        submitter.table.expire(now, &submitter.leaders);
+        assert!(answer.try_recv().unwrap().is_ok(), "its try is still under way");
     }
 
     #[test]

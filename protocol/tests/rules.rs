@@ -107,6 +107,11 @@ fn a_commit_under_another_number_than_the_vote_has_no_effect() {
     let (answer, alarms) = say(&mut world, message);
     assert!(answer.done[0].lost, "R4: votes and outcomes belong to one number");
     assert_eq!(alarms.len(), 1);
+    // Nor if the earlier try is given up with it: what voted YES under the later number is not here.
+    let giving_up = PartOutcome { gives_up: vec![number(1, 1)], ..outcome(7, number(1, 2), Some(9)) };
+    let message = ToShard { epoch: Epoch(1), outcomes: vec![giving_up], ..ToShard::default() };
+    let (answer, alarms) = say(&mut world, message);
+    assert!(answer.done[0].lost && alarms.len() == 1, "R4: {answer:?}");
     assert_eq!(world.row(&row()).value, RowValue::Absent);
     assert_eq!(
         world.shards[&ShardId(1)].leading().machine.counts().in_doubt,
