@@ -4,7 +4,7 @@
 //! router has to find shard 2 by node 1's hint, and every call to node 2 has to be forwarded.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     pin::Pin,
     sync::{Arc, Mutex},
@@ -61,6 +61,8 @@ struct State {
     breaks: usize,
     /// It takes prepares and doesn't answer them.
     silent: bool,
+    /// The batches of such prepares.
+    unanswered: BTreeSet<BatchId>,
 }
 
 type Said = Pin<Box<dyn Stream<Item = Result<v1::ParticipantMessage, Status>> + Send>>;
@@ -103,7 +105,7 @@ impl Script {
         let mut state = self.state.lock().unwrap();
         let mut answer = FromShard::default();
         if state.silent {
-            state.prepares += told.message.prepares.len();
+            state.unanswered.extend(told.message.prepares.iter().map(|prepare| prepare.id));
             return vec![];
         }
         if told.message.greet {
@@ -282,15 +284,11 @@ impl Cluster {
         }
     }
 
-    fn prepares(&self) -> [usize; 2] {
-        [0, 1].map(|place| self.scripts[place].state.lock().unwrap().prepares)
-    }
-
-    /// Waits until both shards have had prepares that they say nothing of.
-    async fn prepared(&self) {
+    /// Waits until each shard has had prepares of so many batches that it says nothing of.
+    async fn prepared(&self, batches: usize) {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
-        while self.prepares().contains(&0) {
-            assert!(tokio::time::Instant::now() < deadline, "no prepare has come");
+        while self.scripts.iter().any(|script| script.state.lock().unwrap().unanswered.len() < batches) {
+            assert!(tokio::time::Instant::now() < deadline, "not all prepares have come");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -502,11 +500,19 @@ async fn a_leader_that_hears_nobody_says_nothing_of_an_id() {
     if let Ok(Ok(outcome)) = asked {
         panic!("nobody has confirmed that it leads, and it says {outcome:?}");
     }
+    let row = v1::Row { partition: "a".into(), name: "x".into() };
+    let rows = v1::ReadRequest { rows: vec![row.clone()] };
+    let history = v1::HistoryRequest { row: Some(row), from: 0, limit: 0 };
     let mut admin = cluster.admin(leader as u64 + 1);
-    let listed = admin.list_decisions(v1::ListDecisionsRequest::default());
-    if let Ok(Ok(listed)) = tokio::time::timeout(Duration::from_secs(1), listed).await {
-        panic!("nobody has confirmed that it leads, and it lists {listed:?}");
-    }
+    let second = Duration::from_secs(1);
+    let (read, history, list) = tokio::join!(
+        tokio::time::timeout(second, kept.read(rows)),
+        tokio::time::timeout(second, kept.history(history)),
+        tokio::time::timeout(second, admin.list_decisions(v1::ListDecisionsRequest::default())),
+    );
+    assert!(!matches!(read, Ok(Ok(_))), "rows: {read:?}");
+    assert!(!matches!(history, Ok(Ok(_))), "the history of a row: {history:?}");
+    assert!(!matches!(list, Ok(Ok(_))), "decisions: {list:?}");
     // The wish may have reached a leader, or reach one yet.
     let mut seal = Request::new(v1::GetBatchRequest { abort_if_not_seen: true, ..question(id(3)) });
     seal.set_timeout(Duration::from_millis(800));
@@ -532,10 +538,28 @@ async fn what_was_under_way_at_a_leader_that_is_gone_is_unknown() {
         // The stream stays open, as that of a client which has more to send.
         let requests = tokio_stream::iter(requests).chain(futures::stream::pending());
         let answers = client.submit_stream(requests).await.unwrap().into_inner();
-        cluster.prepared().await;
+        // As another node hands one over.
+        let mut forwarded = Request::new(v1::SubmitRequest { batch: Some(batch(3)) });
+        forwarded.metadata_mut().insert("verdict-forwarded", "1".parse().unwrap());
+        let mut at_leader = cluster.settlement(leader as u64 + 1);
+        let forwarded = tokio::spawn(async move { at_leader.submit(forwarded).await });
+        cluster.prepared(7).await;
         let gone = cluster.nodes.remove(1 - asked);
         gone.stop().await;
         assert_eq!(undecided(single.await.unwrap().unwrap()), v1::UndecidedState::Unknown, "{voters:?}");
+        match forwarded.await.unwrap() {
+            Ok(said) => {
+                assert_eq!(
+                    undecided(said.into_inner().outcome.unwrap()),
+                    v1::UndecidedState::Unknown,
+                    "{voters:?}"
+                );
+            }
+            // The connection may have gone first, which says nothing.
+            Err(status) => {
+                assert!(status.get_error_details().error_info().is_none(), "{voters:?}: {status:?}")
+            }
+        }
         for answer in answers.take(5).collect::<Vec<_>>().await {
             match answer.unwrap().result.unwrap() {
                 v1::submit_stream_response::Result::Outcome(outcome) => {
@@ -561,9 +585,9 @@ async fn no_more_is_taken_than_a_node_has_room_for() {
     let requests = (100..130).map(move |n| v1::SubmitStreamRequest { batch: Some(batch(n)) });
     let requests = tokio_stream::iter(requests).chain(futures::stream::pending());
     let stream = cluster.settlement(1).submit_stream(requests).await.unwrap();
-    cluster.prepared().await;
+    cluster.prepared(1).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let taken = cluster.scripts[0].state.lock().unwrap().prepares;
+    let taken = cluster.scripts[0].state.lock().unwrap().unanswered.len();
     assert!(taken <= 3, "{taken} of a stream with a window of 3");
     drop(stream);
     let node = &cluster.nodes[0].node;

@@ -175,9 +175,14 @@ async fn use_sdk(shared: Rc<Shared>, shape: Shape, mut random: Random) -> turmoi
             0 => client.submit(&batch).await,
             _ => submitter.submit(batch.clone()).await.result,
         };
-        if let Some(answer) = answer.ok().and_then(definite) {
-            shared.sdk_answers.set(shared.sdk_answers.get() + 1);
-            bank.answered(&batch.id, answer);
+        match answer.map(definite) {
+            Ok(Some(answer)) => {
+                shared.sdk_answers.set(shared.sdk_answers.get() + 1);
+                bank.answered(&batch.id, answer);
+            }
+            Ok(None) => {}
+            // An error says that nothing was proposed.
+            Err(_) => bank.given_up(&batch.id),
         }
         tokio::time::sleep(Duration::from_millis(random.below(50))).await;
     }

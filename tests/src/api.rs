@@ -170,6 +170,12 @@ pub fn may_be_tried_again(status: &Status) -> bool {
     )
 }
 
+/// Whether a node has said that nothing of a batch was proposed. A status that a broken connection makes says nothing.
+pub fn says_nothing_was_proposed(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
+        && status.get_error_details().error_info().is_some_and(|info| info.domain == "verdict")
+}
+
 /// The stamp of an outcome that must be COMMITTED.
 pub fn stamp_of(outcome: &outcome::Result) -> u64 {
     match outcome {

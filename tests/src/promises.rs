@@ -5,7 +5,8 @@
 //! a model that knows no shards, and says what doesn't fit. Whatever the load was, it finds:
 //!
 //! - G1, G3: rows that don't hold exactly what the committed batches come to, each once;
-//! - G2, G4, G6: an answer that doesn't stand, an id without an end, a rejection that isn't true;
+//! - G2, G4, G6: an answer that doesn't stand, an id without an end, a rejection that isn't true, a commit of what was said not to be
+//!   proposed;
 //! - G5: a condition or an insert that fails in the order of stamps, a reading that isn't the state at its position, an order of stamps
 //!   against the order of real time;
 //! - G7: a balance below its floor anywhere in that order.
@@ -67,6 +68,9 @@ pub struct Sent {
     pub steps: Vec<Step>,
     /// The first definite answer, and when it came.
     pub answer: Option<(Instant, outcome::Result)>,
+    /// It was given up after each time that it was sent was answered with "nothing was proposed": whoever sent it may have settled the
+    /// same under another id.
+    pub given_up: bool,
 }
 
 /// A strict read that was answered.
@@ -163,6 +167,9 @@ impl Judge {
                     self.blame("G8", "no outcome in the end", || format!("{id}: {outcome:?}"));
                 }
                 Some(outcome::Result::Aborted(aborted)) => self.rejection(id, sent, aborted),
+                Some(outcome::Result::Committed(_)) if sent.given_up => {
+                    self.blame("G6", "committed, though nothing was to be proposed", || id.clone());
+                }
                 Some(outcome::Result::Committed(_)) => {}
             }
         }
@@ -402,7 +409,9 @@ mod tests {
             outcome: outcome::Result,
         ) {
             let answer = Some((self.at(ended), outcome.clone()));
-            self.notes.sent.insert(id.to_owned(), Sent { began: self.at(began), steps, answer });
+            self.notes
+                .sent
+                .insert(id.to_owned(), Sent { began: self.at(began), steps, answer, given_up: false });
             self.outcomes.insert(id.to_owned(), outcome);
         }
 
@@ -440,6 +449,18 @@ mod tests {
         assert_eq!(world.blamed()[0], "G2, G4");
         world.outcomes.remove("move");
         assert_eq!(world.blamed()[0], "G8");
+    }
+
+    #[test]
+    fn a_commit_of_what_was_said_not_to_be_proposed_is_blamed() {
+        let mut world = World::new();
+        let sent = world.notes.sent.get_mut("move").unwrap();
+        (sent.answer, sent.given_up) = (None, true);
+        assert_eq!(world.blamed(), ["G6"]);
+        world.outcomes.insert("move".to_owned(), rejected(AbortReason::Cancelled, None));
+        world.notes.readings.clear();
+        world.last = [(row("a"), Held::Balance(10))].into();
+        assert_eq!(world.blamed(), Vec::<&str>::new(), "cancelled afterwards");
     }
 
     #[test]

@@ -25,6 +25,11 @@ fn settings() -> Settings {
     Settings { layered: true, ..Settings::default() }
 }
 
+/// So small that logs are cut, and snapshots made and installed, between two losses.
+fn small_snapshots() -> Settings {
+    Settings { lines: "snapshot_after_entries = 100\nkeep_entries = 10".into(), ..settings() }
+}
+
 fn shape() -> Shape {
     Shape { rich: 4, poor: 2, counters: 1, ballast: 0 }
 }
@@ -71,12 +76,23 @@ async fn no_loss_of_power_takes_anything_that_was_answered() {
     let losses = losses.unwrap_or(LOSSES);
     let mut random = Random::announced();
     let mut table = Vec::new();
-    for (kind, count) in [("one node", 1), ("two nodes", 2), ("all nodes", 3)] {
+    for (kind, count, settings) in [
+        ("one node", 1, small_snapshots()),
+        ("two nodes", 2, small_snapshots()),
+        ("all nodes", 3, settings()),
+    ] {
+        let makes_snapshots = !settings.lines.is_empty();
         let mut row = Row::default();
         let began = Instant::now();
-        let mut cluster = Cluster::start_with(settings()).await;
+        let mut cluster = Cluster::start_with(settings).await;
         while row.losses < losses {
             lose_and_check(&mut cluster, count, losses, &mut row, &mut random).await;
+        }
+        if makes_snapshots {
+            assert!(
+                newest_snapshot(&cluster).await > 0,
+                "no snapshot was ever made: this has not tested much"
+            );
         }
         row.took = began.elapsed();
         table.push((kind, row));
@@ -89,6 +105,13 @@ async fn no_loss_of_power_takes_anything_that_was_answered() {
         row.print(kind);
         assert!(row.blocks_lost > 0, "nothing was ever lost: this has not tested much");
     }
+}
+
+/// How far any replica's newest snapshot goes.
+async fn newest_snapshot(cluster: &Cluster) -> u64 {
+    let status = cluster.status().await.expect("the cluster is whole");
+    let groups = status.nodes.iter().flat_map(|node| &node.groups);
+    groups.map(|group| group.snapshot_index).max().unwrap_or_default()
 }
 
 /// Some losses under one load, then the account of all of it.
