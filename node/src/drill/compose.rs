@@ -115,11 +115,9 @@ impl Compose {
                 Target::All | Target::It | Target::Replicas(_) => continue,
             };
             let Some(place) = left.iter().position(|spare| *spare == group) else {
-                let text = format!(
-                    "there is no spare container left for this group; nothing was started: docker/up.sh makes one for each \
-                     group, and after `docker/down.sh --volumes` all are new"
-                );
-                return Err(error(step, text).into());
+                let text = "there is no spare container left for this group; nothing was started: docker/up.sh makes one \
+                            for each group, and after `docker/down.sh --volumes` all are new";
+                return Err(error(step, text.to_owned()).into());
             };
             left.swap_remove(place);
         }
