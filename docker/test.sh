@@ -150,7 +150,8 @@ for i in "${nodes[@]}"; do
   ((code == 0)) || die "node $i ended with $code, not with 0: it did not heed SIGTERM"
 done
 step "start again: nodes that were replaced stay away"
-docker/up.sh > /dev/null
+docker/down.sh > /dev/null 2>&1
+docker/up.sh > /dev/null 2>&1 || die "the cluster doesn't start again"
 cluster=$(addresses)
 at_rest
 settle 2000 6

@@ -7,11 +7,20 @@ need_docker
 
 has_image "$VERDICT_IMAGE" || docker/build.sh "$@"
 
-# A node without a volume, where others have theirs, was replaced: it must not come back, and the spare of its group is in its place.
-volumes=$(docker volume ls --quiet --filter "label=com.docker.compose.project=$VERDICT_NAME")
+# A node whose volume holds nothing, where others hold something, was replaced: it must not come back, and the spare of its group is
+# in its place.
+mounts=()
+for volume in $(docker volume ls --quiet --filter "label=com.docker.compose.project=$VERDICT_NAME"); do
+  mounts+=(--volume "$volume:/volumes/$volume:ro,nocopy")
+done
+held=''
+if ((${#mounts[@]} > 0)); then
+  held=$(docker run --rm --network none --entrypoint sh "${mounts[@]}" "$VERDICT_IMAGE" \
+    -c 'for it in /volumes/*; do [ -z "$(ls -A "$it")" ] || echo "${it##*/}"; done')
+fi
 services=()
 for i in "${!nodes[@]}"; do
-  if [[ -n $volumes ]] && ! grep -qx "${VERDICT_NAME}_$(service "${nodes[i]}")" <<< "$volumes"; then
+  if [[ -n $held ]] && ! grep -qx "${VERDICT_NAME}_$(service "${nodes[i]}")" <<< "$held"; then
     nodes[i]=${nodes[i]:0:1}4
   fi
   services+=("$(service "${nodes[i]}")")

@@ -200,7 +200,7 @@ async fn run_and_tell(args: &DrillArgs, scenario: Scenario) -> anyhow::Result<Ex
 
 fn interruption(reader: bool) -> ExitCode {
     if reader {
-        crate::err!("interrupted: all nodes were ended");
+        crate::err!("interrupted: the nodes that were started here were ended; containers stay as they are");
     }
     ExitCode::from(INTERRUPTED)
 }

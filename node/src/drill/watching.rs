@@ -23,6 +23,8 @@ use super::{
 const INTERVAL: Duration = Duration::from_millis(100);
 /// How long it may take to answer.
 const PATIENCE: Duration = Duration::from_millis(700);
+/// How long the list of parts in doubt may take: the node that makes it gives each other one a second, a dead one too.
+const LIST_PATIENCE: Duration = Duration::from_millis(1500);
 /// Parts that are listed for each shard, at most.
 const PARTS_MAX: u32 = 10_000;
 
@@ -54,15 +56,21 @@ pub struct Watch<'a> {
 impl Watch<'_> {
     /// Watches.
     pub async fn run(&self) -> anyhow::Result<Watched> {
-        let options = Options { timeout: PATIENCE, try_timeout: PATIENCE, ..Options::default() };
+        let clients = self.clients(PATIENCE)?;
+        let listing = self.clients(LIST_PATIENCE)?;
+        let watched = Mutex::new(Watched::default());
+        let nodes = clients.iter().map(|(node, client)| self.watch_node(*node, client, &watched));
+        tokio::join!(join_all(nodes), self.watch_doubts(&listing, &watched));
+        Ok(watched.into_inner().expect("nothing panics while it holds this lock"))
+    }
+
+    /// A client of each node alone.
+    fn clients(&self, patience: Duration) -> anyhow::Result<Vec<(u64, Client)>> {
+        let options = Options { timeout: patience, try_timeout: patience, ..Options::default() };
         let client = |(node, address): &(u64, String)| {
             Ok((*node, Client::connect([address.clone()], options.clone())?))
         };
-        let clients = self.nodes.iter().map(client).collect::<anyhow::Result<Vec<(u64, Client)>>>()?;
-        let watched = Mutex::new(Watched::default());
-        let nodes = clients.iter().map(|(node, client)| self.watch_node(*node, client, &watched));
-        tokio::join!(join_all(nodes), self.watch_doubts(&clients, &watched));
-        Ok(watched.into_inner().expect("nothing panics while it holds this lock"))
+        self.nodes.iter().map(client).collect()
     }
 
     async fn watch_node(&self, node: u64, client: &Client, watched: &Mutex<Watched>) {
