@@ -271,7 +271,7 @@ mod tests {
         assert_eq!(state.next_limit(FIRST), FIRST);
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn those_that_are_stuck_shut_nobody_out() {
         let door = Admission::new(10);
         let stuck: Vec<Entrance> = (0..10).map(|_| door.enter()).collect();
@@ -285,7 +285,7 @@ mod tests {
         assert_eq!(door.in_flight.load(Ordering::Relaxed), 0);
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn who_leaves_makes_room() {
         let door = Admission::new(1);
         let one = door.enter();

@@ -37,7 +37,7 @@ const ON_THE_WAY: Duration = Duration::from_millis(40);
 /// So many commits show that things go on.
 const GOES_ON: usize = 10;
 /// After the end of the load nothing may be left over for longer.
-const QUIET_WITHIN: Duration = Duration::from_secs(5);
+const QUIET_WITHIN: Duration = Duration::from_secs(20);
 /// The log behind a snapshot, in entries; small, so that a replica that was away needs the snapshot.
 const KEEP_ENTRIES: u64 = 20;
 /// How long it takes, mostly, until a log is dropped behind a snapshot.

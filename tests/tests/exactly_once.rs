@@ -104,7 +104,7 @@ async fn an_id_submitted_by_many_while_replies_are_lost_and_a_leader_dies_takes_
     ids.sort_unstable();
     ids.dedup();
     assert_eq!(ids.len(), committed + 1, "the history shows an id twice");
-    cluster.wait_quiet(Duration::from_secs(10)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
 }
 
 /// Submits by unary calls, each to any node, until there is a definite answer.
@@ -186,7 +186,7 @@ async fn an_id_with_other_contents_is_refused_before_and_after_the_decision_on_e
         let (first, client) = (first.clone(), client.clone());
         async move { settle(&client, &first).await }
     });
-    eventually("the batch is in progress", Duration::from_secs(5), || async {
+    eventually("the batch is in progress", Duration::from_secs(30), || async {
         match get_batch(&mut cluster.settlement(2), &first.id, 0).await {
             Ok(outcome::Result::Undecided(undecided))
                 if undecided.state() == v1::UndecidedState::InProgress =>
@@ -216,7 +216,7 @@ async fn an_id_with_other_contents_is_refused_before_and_after_the_decision_on_e
     }
     let held: Vec<i128> = read(&client, &rows).await.values.iter().map(balance_of).collect();
     assert_eq!(held, [6, 7], "one effect, of the first contents");
-    cluster.wait_quiet(Duration::from_secs(10)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -268,7 +268,7 @@ fn other_contents(first: &v1::Batch) -> Vec<v1::Batch> {
 
 async fn assert_refused(cluster: &Cluster, node: u64, others: &[v1::Batch]) {
     for other in others {
-        let unary = eventually("there is an answer", Duration::from_secs(5), || async {
+        let unary = eventually("there is an answer", Duration::from_secs(30), || async {
             match submit(&mut cluster.settlement(node), other).await {
                 Err(status) if status.code() != Code::Unavailable => Ok(status),
                 not_yet => Err(format!("{not_yet:?}")),
@@ -294,7 +294,7 @@ async fn an_id_aborted_unseen_is_answered_aborted_when_it_arrives_at_last() {
     let ask =
         |abort_if_not_seen| v1::GetBatchRequest { batch_id: late.id.clone(), abort_if_not_seen, wait_ms: 0 };
     // Only when all shards have answered can a leader know that there is no trace.
-    eventually("there is no trace of it", Duration::from_secs(5), || async {
+    eventually("there is no trace of it", Duration::from_secs(30), || async {
         let answer =
             cluster.settlement(1).get_batch(ask(false)).await.map_err(|status| status.to_string())?;
         let result = answer.into_inner().outcome.and_then(|outcome| outcome.result);

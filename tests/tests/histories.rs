@@ -288,5 +288,5 @@ async fn what_clients_see_under_faults_is_strictly_serializable() {
         reads(ACCOUNTS as usize),
     );
     assert!(claimed.writers >= 100 && money.writers >= 200, "too little has happened for a test");
-    cluster.wait_quiet(Duration::from_secs(10)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
 }

@@ -12,7 +12,7 @@ use verdict_tests::{
 };
 
 /// After this time nothing of a decided batch may be left anywhere.
-const SETTLED_WITHIN: Duration = Duration::from_secs(5);
+const SETTLED_WITHIN: Duration = Duration::from_secs(15);
 
 /// Rows on each of the three shards.
 fn rows(cluster: &Cluster, tag: &str, name: &str) -> Vec<v1::Row> {

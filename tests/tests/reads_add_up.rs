@@ -100,7 +100,7 @@ async fn reads_across_shards_add_up_and_never_go_back_while_leaders_are_killed()
     assert!(reads >= 100, "only {reads} reads: the test has not tested much");
     let audit = ledger.audit(&cluster).await;
     assert!(audit.committed >= 500, "{audit:?}");
-    cluster.wait_quiet(Duration::from_secs(10)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,7 +140,7 @@ async fn history_agrees_with_the_values_read_at_a_position() {
     // During the load too.
     compare(&cluster, &ledger, &readings).await;
     load.end().await;
-    cluster.wait_quiet(Duration::from_secs(10)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
     readings.push(read(&cluster.settlement(1), ledger.accounts()).await);
     compare(&cluster, &ledger, &readings).await;
 

@@ -27,7 +27,7 @@ async fn an_answer_comes_after_two_syncs_in_a_row_on_a_majority_of_disks() {
     let rows: Vec<v1::Row> = partitions.iter().map(|partition| row(partition, "USD")).collect();
     let mut client = cluster.settlement(1);
     stamp_of(&settle(&client, &batch(rows.iter().map(|row| add(row, 100)).collect())).await);
-    cluster.wait_quiet(Duration::from_secs(20)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
     let quiet_from = now();
     tokio::time::sleep(Duration::from_secs(1)).await;
     let quiet_to = now();
@@ -40,11 +40,11 @@ async fn an_answer_comes_after_two_syncs_in_a_row_on_a_majority_of_disks() {
         calls.push((asked, now()));
         stamp_of(&outcome);
         // Nothing of one batch shall be taken for a sync of the next.
-        cluster.wait_quiet(Duration::from_secs(20)).await;
+        cluster.wait_quiet(Duration::from_secs(30)).await;
     }
     // strace writes a line when the call has returned, and the program may be a little ahead of that.
     let last = calls.last().expect("there were calls").1;
-    let (nodes, _) = eventually("strace has written all down", Duration::from_secs(10), || async {
+    let (nodes, _) = eventually("strace has written all down", Duration::from_secs(30), || async {
         let nodes: Vec<Vec<Sync>> = cluster.nodes().map(|node| parse(&cluster.trace(node))).collect();
         let late = nodes.iter().filter(|syncs| syncs.last().is_some_and(|sync| sync.ended + 500_000 > last));
         if late.count() >= 2 {
@@ -86,8 +86,8 @@ async fn with_one_disk_of_three_there_is_no_answer_and_with_two_there_is() {
 
     cluster.freeze(2);
     let transfer = batch(vec![add(&rows[0], -1), add(&rows[1], 1)]);
-    let with_two = tokio::time::timeout(Duration::from_secs(5), submit(&mut client, &transfer)).await;
-    stamp_of(&with_two.expect("two nodes of three suffice").expect("an answer"));
+    // Two nodes of three suffice.
+    stamp_of(&settle(&client, &transfer).await);
 
     cluster.freeze(3);
     // Both kinds of batches: on one shard, and on all.
@@ -119,5 +119,5 @@ async fn with_one_disk_of_three_there_is_no_answer_and_with_two_there_is() {
     cluster.wait_whole().await;
     let held = read(&cluster.settlement(3), &rows).await;
     assert_eq!(held.values.iter().map(balance_of).collect::<Vec<_>>(), expected);
-    cluster.wait_quiet(Duration::from_secs(10)).await;
+    cluster.wait_quiet(Duration::from_secs(30)).await;
 }
