@@ -63,6 +63,17 @@ impl Bounds {
     }
 }
 
+/// How large a case is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// Seconds: it runs with the tests.
+    Small,
+    /// Minutes.
+    Full,
+    /// Nobody has seen its end yet.
+    Huge,
+}
+
 /// A configuration to be checked.
 #[derive(Clone, Debug)]
 pub struct Case {
@@ -70,8 +81,8 @@ pub struct Case {
     pub name: &'static str,
     /// What it is about.
     pub about: &'static str,
-    /// Whether it belongs to the small ones, which run with the tests.
-    pub small: bool,
+    /// How large it is.
+    pub size: Size,
     /// How many shards there are.
     pub shards: u32,
     /// What is settled before anything is explored: operations, as golden scripts have them.
@@ -102,7 +113,7 @@ impl Case {
     pub const PLAIN: Case = Case {
         name: "",
         about: "",
-        small: true,
+        size: Size::Small,
         shards: 2,
         before: "",
         batches: &[],

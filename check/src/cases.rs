@@ -1,8 +1,9 @@
 //! The cases: what is checked.
 //!
-//! The small ones together take seconds and run with the tests; each looks at one thing. The full ones let more happen at once.
+//! The small ones together take seconds and run with the tests; each looks at one thing. The full ones let more happen at once, and
+//! the huge ones so much that they were never run to their ends.
 
-use crate::case::{ANY, Bounds, Case};
+use crate::case::{ANY, Bounds, Case, Size};
 
 const NONE: Bounds =
     Bounds { elections: 0, repeats: 0, ticks: 0, moves: 0, asks: 0, retries: 0, seals: 0, reads: 0 };
@@ -11,6 +12,7 @@ const NONE: Bounds =
 pub fn all() -> Vec<Case> {
     let mut cases = small();
     cases.extend(full());
+    cases.extend(huge());
     cases
 }
 
@@ -193,19 +195,8 @@ fn small() -> Vec<Case> {
 }
 
 fn full() -> Vec<Case> {
-    let full = Case { small: false, deposed: false, prompt: true, ..Case::PLAIN };
+    let full = Case { size: Size::Full, deposed: false, prompt: true, ..Case::PLAIN };
     vec![
-        Case {
-            name: "full-room",
-            about: "two batches on shards that hold one part each; a message comes twice, a leader is deposed",
-            before: "add a@1 10",
-            batches: &[('A', "add a@1 1; add b@2 1"), ('B', "add c@2 1")],
-            small: false,
-            room: 1,
-            bounds: Bounds { elections: 1, repeats: 1, ..NONE },
-            prompt: true,
-            ..Case::PLAIN
-        },
         Case {
             name: "full-skew",
             about: "each of two batches has a condition on what the other one changes; up to three new tries",
@@ -221,16 +212,6 @@ fn full() -> Vec<Case> {
             before: "add a@1 10",
             batches: TWO_DEBITS,
             bounds: Bounds { elections: 1, ..NONE },
-            ..full
-        },
-        Case {
-            name: "full-both",
-            about: "two trades, one balance that bears one of them; a change of leaders, the deposed one goes on",
-            before: "add a@1 10",
-            batches: TWO_DEBITS,
-            bounds: Bounds { elections: 1, ..NONE },
-            deposed: true,
-            heal_every: 16,
             ..full
         },
         Case {
@@ -280,7 +261,61 @@ fn full() -> Vec<Case> {
             ..full
         },
         Case {
-            name: "full-batches",
+            name: "full-moves",
+            about: "two trades, one balance that bears one of them; a shard is led elsewhere",
+            before: "add a@1 10",
+            batches: TWO_DEBITS,
+            bounds: Bounds { moves: 1, ..NONE },
+            ..full
+        },
+        Case {
+            name: "full-chain",
+            about: "two batches on three shards, one of which both need; a change of leaders",
+            shards: 3,
+            before: "add b@2 6",
+            batches: &[('A', "add a@1 1; add b@2 -5"), ('B', "add b@2 -5; add c@3 1")],
+            bounds: Bounds { elections: 1, ..NONE },
+            heal_every: 8,
+            ..full
+        },
+        Case {
+            name: "full-crowd",
+            about: "three batches on one balance: two debits, and what pays for the second; a change of leaders",
+            shards: 1,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7"), ('B', "add a@1 -7"), ('C', "add a@1 5")],
+            bounds: Bounds { elections: 1, ..NONE },
+            heal_every: 8,
+            ..full
+        },
+    ]
+}
+
+fn huge() -> Vec<Case> {
+    let huge = Case { size: Size::Huge, deposed: false, prompt: true, ..Case::PLAIN };
+    vec![
+        Case {
+            name: "huge-room",
+            about: "two batches on shards that hold one part each; a message comes twice, a leader is deposed",
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 1; add b@2 1"), ('B', "add c@2 1")],
+            room: 1,
+            bounds: Bounds { elections: 1, repeats: 1, ..NONE },
+            deposed: true,
+            ..huge
+        },
+        Case {
+            name: "huge-both",
+            about: "two trades, one balance that bears one of them; a change of leaders, the deposed one goes on",
+            before: "add a@1 10",
+            batches: TWO_DEBITS,
+            bounds: Bounds { elections: 1, ..NONE },
+            deposed: true,
+            heal_every: 16,
+            ..huge
+        },
+        Case {
+            name: "huge-batches",
             about: "three batches on two shards: a debit, what pays for it, and a condition; no fault",
             before: "add a@1 3",
             batches: &[
@@ -289,7 +324,7 @@ fn full() -> Vec<Case> {
                 ('C', "atleast a@1 2; put t@2/r C"),
             ],
             heal_every: 16,
-            ..full
+            ..huge
         },
     ]
 }

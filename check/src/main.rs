@@ -7,7 +7,7 @@ use std::{
 };
 
 use verdict_check::{
-    case::Case,
+    case::{Case, Size},
     cases,
     explore::{Report, Settings, explore},
     parts::quiet_panics,
@@ -16,10 +16,10 @@ use verdict_check::{
 const HELP: &str = "\
 Visits every state that small clusters of the shipped state machines can reach, and checks every promise in each.
 
-verdict-check [--full | --all | CASE...] [--threads N] [--states N] [--list]
+verdict-check [--full | --huge | CASE...] [--threads N] [--states N] [--list]
 
-  --full       the large cases (minutes to an hour); without it the small ones
-  --all        both
+  --full       the large cases, minutes; without it the small ones
+  --huge       those whose end nobody has seen yet: give them --states
   CASE...      these cases
   --threads N  threads; as many as there are processors if not given
   --states N   give up on a case beyond so many states, and fail
@@ -35,7 +35,7 @@ struct Arguments {
 fn arguments() -> Result<Arguments, String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut settings = Settings { threads, states_max: usize::MAX, progress: stderr().is_terminal() };
-    let (mut names, mut full, mut all, mut list) = (Vec::new(), false, false, false);
+    let (mut names, mut size, mut list) = (Vec::new(), Size::Small, false);
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || {
@@ -45,8 +45,8 @@ fn arguments() -> Result<Arguments, String> {
         match word.as_str() {
             "--threads" => settings.threads = number()?,
             "--states" => settings.states_max = number()?,
-            "--full" => full = true,
-            "--all" => all = true,
+            "--full" => size = Size::Full,
+            "--huge" => size = Size::Huge,
             "--list" => list = true,
             "--help" | "-h" => return Err(HELP.to_owned()),
             other if other.starts_with('-') => return Err(format!("{other} is not known\n\n{HELP}")),
@@ -58,7 +58,7 @@ fn arguments() -> Result<Arguments, String> {
         return Err(format!("there is no case {unknown}; --list tells which there are"));
     }
     cases.retain(|case| match names.is_empty() {
-        true => all || list || case.small != full,
+        true => list || case.size == size,
         false => names.iter().any(|name| name == case.name),
     });
     Ok(Arguments { cases, settings, list })
@@ -74,7 +74,7 @@ fn main() -> ExitCode {
     };
     if list {
         for case in cases {
-            println!("{:16}{:6}{}", case.name, if case.small { "small" } else { "full" }, case.about);
+            println!("{:16}{:6}{}", case.name, format!("{:?}", case.size).to_lowercase(), case.about);
         }
         return ExitCode::SUCCESS;
     }
