@@ -361,6 +361,9 @@ pub struct Leader {
     /// The latest horizon that is recorded, or on its way into the log: ids at or before it are not taken up any more.
     horizon: Millis,
     horizon_asked_at: Millis,
+    /// Callers whose ids, of these times, lie behind a horizon that is on its way into the log. They are told when it is there: until then
+    /// another leader, which doesn't know of it, may take such an id up.
+    too_old: Vec<(Millis, Token)>,
     history: Stamp,
     /// How many decisions the log remembers, as far as it was heard.
     remembered: u64,
@@ -398,6 +401,7 @@ impl Leader {
             now,
             horizon: opened.horizon,
             horizon_asked_at: now,
+            too_old: Vec::new(),
             history: opened.history,
             remembered: opened.remembered,
             opened_at: now,
@@ -581,7 +585,7 @@ impl Leader {
             }
             Remembered::Forgotten { horizon } => return refuse(effects, Refusal::TooOld { horizon }),
             Remembered::Nothing if id.time() <= self.horizon => {
-                return refuse(effects, Refusal::TooOld { horizon: self.horizon });
+                return self.too_old.push((id.time(), token));
             }
             Remembered::Nothing => {}
         }
@@ -848,6 +852,13 @@ impl Leader {
         self.ceiling = self.ceiling.max(ceiling);
         self.ceiling_asked = self.ceiling_asked.max(self.ceiling);
         self.horizon = self.horizon.max(horizon);
+        self.too_old.retain(|(time, token)| {
+            let is_behind = *time <= horizon;
+            if is_behind {
+                effects.replies.push((*token, Reply::Refused(Refusal::TooOld { horizon })));
+            }
+            !is_behind
+        });
         for decision in decisions {
             self.decided(decision, effects);
         }
@@ -977,8 +988,7 @@ impl Leader {
                 return effects.replies.push((token, Reply::Refused(Refusal::TooOld { horizon })));
             }
             Remembered::Nothing if abort_if_not_seen && id.time() <= self.horizon => {
-                let horizon = self.horizon;
-                return effects.replies.push((token, Reply::Refused(Refusal::TooOld { horizon })));
+                return self.too_old.push((id.time(), token));
             }
             Remembered::Nothing => {}
         }
