@@ -16,7 +16,7 @@ use verdict_tests::{
 };
 
 /// Losses of each kind, if nobody says otherwise.
-const LOSSES: usize = 5;
+const LOSSES: usize = 10;
 /// After so many losses all that was settled is checked, and the load begins anew.
 const LOSSES_PER_CHECK: usize = 10;
 const RESOLVED_WITHIN: Duration = Duration::from_secs(20);
