@@ -547,3 +547,42 @@ async fn promises_are_counted_by_what_is_durable() {
     assert_eq!(told, 2);
     assert_eq!(node.again().writer.promises(), told);
 }
+
+/// By a snapshot others catch up, and behind it the log is purged.
+#[tokio::test]
+async fn a_snapshot_that_was_made_survives_and_no_older_one_takes_its_place() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    node.apply((0..13).map(entry).collect()).await.unwrap();
+    node.machine.0.ensure_snapshot().unwrap();
+    let newest = |node: &Opened| node.machine.0.snapshots.current().and_then(|(meta, _)| meta.last_log_id);
+    assert_eq!(newest(&node.again()), Some(log_id(12)), "its name was there before its contents were");
+    let older = received(&node).await;
+    let meta = snapshot::meta(&older, GROUP).unwrap();
+    node.machine.0.snapshots.publish(&older.path, meta).unwrap();
+    assert_eq!(newest(&node), Some(log_id(12)));
+}
+
+/// Others rely on the vote and on the entries alike.
+#[tokio::test]
+async fn a_disk_that_has_lost_its_vote_or_an_entry_is_refused() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    node.store.save_vote(&Vote::new(3, 2)).await.unwrap();
+    node.store.blocking_append((0..5).map(entry)).await.unwrap();
+    let open = |last_index, vote_term| {
+        GroupLog::open(tables(&node.disk), GROUP, 0, Mark { last_index, vote_term }).map(drop)
+    };
+    open(4, 3).unwrap();
+    assert!(open(5, 3).is_err() && open(4, 4).is_err());
+}
+
+#[test]
+fn a_torn_write_of_what_was_acknowledged_leaves_the_one_before() {
+    let disk = Forgetful::default();
+    let mut acknowledged = Acknowledged::open(&disk, folder()).unwrap();
+    for last_index in [1, 2] {
+        acknowledged.update(&[(GROUP.0, Mark { last_index, vote_term: 0 })], false).unwrap();
+    }
+    disk.open(&folder().join("acknowledged"), Open::OrCreate).unwrap().write_all_at(&[0xff; 20], 0).unwrap();
+    let marks = Acknowledged::open(&disk, folder()).unwrap().marks();
+    assert_eq!(marks[&GROUP.0].last_index, 1);
+}
