@@ -253,9 +253,10 @@ impl Gateway {
         self.at_door.clone().try_acquire_many_owned(u32::try_from(kib).ok()?).ok()
     }
 
-    /// A batch waited at the door until its time was up.
+    /// A batch waited at the door until its time was up. Not UNAVAILABLE: an earlier try of the same id may be under way here, and the door
+    /// doesn't know of it.
     pub(crate) fn nobody_settles(&self) -> CallFailure {
-        CallFailure::unavailable("no leader took a batch in time", self.leaders.hint(None))
+        CallFailure::overloaded("no batch was decided, and none was let in, until the time was up")
     }
 
     /// When a batch that came at this time must be answered.
