@@ -101,6 +101,8 @@ pub struct Case {
     pub prompt: bool,
     /// Whether decisions are forgotten as soon as they may be.
     pub forgetful: bool,
+    /// Whether the only participant of a batch may commit it on its own word.
+    pub alone: bool,
     /// Paths on which an epoch gives a number above this are not followed: two batches that each come behind the other one on one
     /// of two shards may, if messages go on to overtake each other, be tried again and again until their time is up.
     pub numbers_max: u64,
@@ -132,6 +134,7 @@ impl Case {
         deposed: true,
         prompt: false,
         forgetful: false,
+        alone: false,
         numbers_max: u64::MAX,
         heal_every: 1,
     };
@@ -144,6 +147,7 @@ impl Case {
     /// The settings of every leader.
     pub fn leader(&self) -> LeaderConfig {
         LeaderConfig {
+            alone: self.alone,
             resend_ms: TICK_MS,
             patience_ms: TICK_MS + TICK_MS / 2,
             timeout_default_ms: 2 * TICK_MS,

@@ -191,6 +191,87 @@ fn small() -> Vec<Case> {
             heal_every: 8,
             ..Case::PLAIN
         },
+        Case {
+            name: "alone",
+            about: "two debits, of which one fits, that a shard may commit on its own word; a change of leaders, a retry",
+            shards: 1,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7"), ('B', "add a@1 -7")],
+            bounds: Bounds { elections: 1, retries: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            alone: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "alone-repeats",
+            about: "a batch that a shard may commit on its own word; a change of leaders, the deposed one goes on, messages repeated",
+            shards: 1,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7")],
+            bounds: Bounds { elections: 1, repeats: 2, ..NONE },
+            alone: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "alone-time",
+            about: "the same, while its time runs out and somebody seals its id",
+            shards: 1,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7")],
+            bounds: Bounds { elections: 1, ticks: 3, seals: 1, retries: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            alone: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "alone-read",
+            about: "a read, perhaps of a deposed leader, beside a batch that a shard may commit on its own word",
+            shards: 1,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7")],
+            read: "a@1",
+            bounds: Bounds { reads: 1, elections: 1, repeats: 1, ..NONE },
+            prompt: true,
+            alone: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "alone-beside",
+            about: "a trade on two shards beside a batch that one of them may commit on its own word",
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7; add b@2 7"), ('B', "atleast a@1 5; insert t@1/r B")],
+            bounds: Bounds { retries: 1, ..NONE },
+            prompt: true,
+            alone: true,
+            heal_every: 4,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "alone-contents",
+            about: "one id with two contents, on two shards that may each commit theirs by themselves; two changes of leaders",
+            before: "add a@1 10; add b@2 1",
+            batches: &[('A', "add a@1 -7"), ('A', "add b@2 5")],
+            bounds: Bounds { elections: 2, ..NONE },
+            deposed: false,
+            prompt: true,
+            alone: true,
+            ..Case::PLAIN
+        },
+        Case {
+            name: "alone-forgotten",
+            about: "a batch that a shard may commit on its own word, and decisions that are forgotten as soon as they may be",
+            shards: 1,
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7")],
+            bounds: Bounds { elections: 2, ticks: 2, ..NONE },
+            deposed: false,
+            prompt: true,
+            forgetful: true,
+            alone: true,
+            ..Case::PLAIN
+        },
     ]
 }
 
@@ -249,6 +330,49 @@ fn full() -> Vec<Case> {
             batches: TWO_CONTENTS,
             bounds: Bounds { ticks: 2, elections: 1, retries: 1, ..NONE },
             forgetful: true,
+            ..full
+        },
+        Case {
+            name: "full-alone",
+            about: "a batch that a shard may commit on its own word, a trade beside it; a change of leaders",
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7; add b@2 7"), ('B', "add a@1 -7")],
+            bounds: Bounds { elections: 1, ..NONE },
+            alone: true,
+            heal_every: 16,
+            ..full
+        },
+        Case {
+            name: "full-alone-contents",
+            about: "one id with two contents, on two shards that may each commit theirs by themselves; deposed leaders go on",
+            before: "add a@1 10; add b@2 1",
+            batches: &[('A', "add a@1 -7"), ('A', "add b@2 5")],
+            bounds: Bounds { elections: 2, ..NONE },
+            alone: true,
+            heal_every: 16,
+            ..full
+        },
+        Case {
+            name: "full-alone-time",
+            about: "one id with two contents, one of them on one shard, while time runs out and somebody seals the id",
+            before: "add a@1 10",
+            batches: &[('A', "add a@1 -7"), ('A', "add a@1 -1; add b@2 1")],
+            bounds: Bounds { elections: 1, ticks: 2, seals: 1, ..NONE },
+            deposed: false,
+            prompt: true,
+            alone: true,
+            heal_every: 4,
+            ..full
+        },
+        Case {
+            name: "full-alone-read",
+            about: "a read across two shards beside a batch that one of them may commit on its own word; clocks that move",
+            before: "add a@1 10; add b@2 1",
+            batches: &[('A', "add a@1 -7"), ('B', "add a@1 -2; add b@2 2")],
+            read: "a@1 b@2",
+            bounds: Bounds { reads: 1, ticks: 1, ..NONE },
+            alone: true,
+            heal_every: 16,
             ..full
         },
         Case {

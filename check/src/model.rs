@@ -3,7 +3,7 @@
 use verdict_protocol::{
     ids::BatchId,
     leader::{Refusal, Reply, Token},
-    messages::HeldPart,
+    messages::{Decision, HeldPart},
 };
 
 use crate::{
@@ -349,6 +349,13 @@ impl Model {
                 next.take(packet, keep);
                 next.shards[place] = step.shard;
                 next.send(&step.packets);
+                if !step.committed.is_empty() {
+                    let mut witness = self.witnesses.get(next.witness).clone();
+                    for decision in &step.committed {
+                        witness.settle(&self.parts.contents, decision)?;
+                    }
+                    next.witness = self.witnesses.number(witness);
+                }
                 Ok(true)
             }
             Packet::Read(shard, ..) => {
@@ -376,7 +383,11 @@ impl Model {
             let mut witness = self.witnesses.get(next.witness).clone();
             let held: Vec<Vec<HeldPart>> =
                 next.shards.iter().map(|shard| rules::held(self.parts.shards.get(*shard))).collect();
-            for decision in &step.recorded {
+            // What a shard has committed was seen when it did.
+            let seen = |decision: &&Decision| witness.decision(decision.id) == Some(*decision);
+            let unseen: Vec<Decision> =
+                step.recorded.iter().filter(|decision| !seen(decision)).cloned().collect();
+            for decision in &unseen {
                 witness.record(&self.parts.contents, decision, &held)?;
             }
             next.witness = self.witnesses.number(witness);
@@ -489,6 +500,7 @@ impl Model {
                 witness.tell_read(contents, &self.case().read_rows(), *position, rows)
             }
             Reply::InProgress if token == SEAL_TOKEN => Ok(()),
+            Reply::InProgress if of_caller.is_some() && self.case().alone => Ok(()),
             Reply::Refused(Refusal::DifferentContents) => {
                 let place = of_caller.ok_or("who submits nothing has no contents")?;
                 let others = (0..contents.batches.len()).filter(|other| *other != place);

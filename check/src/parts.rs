@@ -108,6 +108,8 @@ pub struct ShardStep {
     pub shard: u32,
     /// What it answers.
     pub packets: Vec<u32>,
+    /// What it has committed on its own word.
+    pub committed: Vec<Decision>,
     /// What must not be.
     pub wrong: Option<String>,
 }
@@ -285,12 +287,13 @@ impl Parts {
             let wrong = alarm
                 .or_else(|| rules::shard_step(before, &after, message, &answer).err())
                 .or_else(|| self.shard_state(&after, *to).err());
+            let committed = rules::committed(before, *to, message, &answer);
             let packets = if answer.is_empty() {
                 Vec::new()
             } else {
                 vec![self.packets.number(Packet::FromShard(*to, answer))]
             };
-            Arc::new(ShardStep { shard: self.shards.number(after), packets, wrong })
+            Arc::new(ShardStep { shard: self.shards.number(after), packets, committed, wrong })
         })
     }
 

@@ -83,7 +83,8 @@ impl Witness {
         }
         match &decision.result {
             Ok(stamp) => {
-                self.may_commit(contents, decision, *stamp, held)?;
+                self.may_commit(contents, decision, *stamp)?;
+                self.is_voted(decision, held)?;
                 self.decisions.push(decision.clone());
                 self.rows_at(contents, Stamp(u64::MAX))?;
             }
@@ -100,14 +101,22 @@ impl Witness {
         Ok(())
     }
 
-    /// Vote durability, and the order of stamps.
-    fn may_commit(
-        &self,
-        contents: &Contents,
-        decision: &Decision,
-        stamp: Stamp,
-        held: &[Vec<HeldPart>],
-    ) -> Checked {
+    /// A shard commits a batch on its own word.
+    pub fn settle(&mut self, contents: &Contents, decision: &Decision) -> Checked {
+        if let Some(before) = self.decision(decision.id) {
+            return Err(format!(
+                "{} is committed by its shard: {decision:?} after {before:?}",
+                name_of(decision.id)
+            ));
+        }
+        let stamp = decision.result.clone().expect("only commits are settled");
+        self.may_commit(contents, decision, stamp)?;
+        self.decisions.push(decision.clone());
+        self.rows_at(contents, Stamp(u64::MAX)).map(|_| ())
+    }
+
+    /// The order of stamps.
+    fn may_commit(&self, contents: &Contents, decision: &Decision, stamp: Stamp) -> Checked {
         let name = name_of(decision.id);
         let place = self.place(contents, decision)?;
         let after = self.submitted[place].unwrap_or_default();
@@ -116,7 +125,12 @@ impl Witness {
             format!("{name} gets stamp {stamp}, but a read at {} was answered", self.read_at)
         })?;
         let twice = self.decisions.iter().find(|other| other.result.as_ref().ok() == Some(&stamp));
-        demand(twice.is_none(), || format!("stamp {stamp} is given twice"))?;
+        demand(twice.is_none(), || format!("stamp {stamp} is given twice"))
+    }
+
+    /// Vote durability.
+    fn is_voted(&self, decision: &Decision, held: &[Vec<HeldPart>]) -> Checked {
+        let name = name_of(decision.id);
         for shard in &decision.shards {
             let parts = &held[shard.0 as usize - 1];
             demand(parts.iter().any(|part| is_yes(part, decision)), || {
@@ -215,6 +229,34 @@ pub fn held(shard: &Replica<Shard>) -> Vec<HeldPart> {
     shard.machine.held().map(|held| held.part).collect()
 }
 
+/// What a shard commits on its own word with a message.
+pub fn committed(
+    before: &Replica<Shard>,
+    shard: ShardId,
+    message: &ToShard,
+    answer: &FromShard,
+) -> Vec<Decision> {
+    let known = held(before);
+    let mut committed: Vec<Decision> = Vec::new();
+    for vote in &answer.votes {
+        let VoteKind::Committed(stamp) = vote.kind else { continue };
+        let prepare = message.prepares.iter().find(|prepare| prepare.number == vote.number);
+        if let Some(prepare) = prepare
+            && !known.iter().any(|part| part.number == vote.number)
+        {
+            let (id, hash) = (vote.id, Some(prepare.hash));
+            committed.push(Decision {
+                id,
+                hash,
+                shards: vec![shard],
+                number: vote.number,
+                result: Ok(stamp),
+            });
+        }
+    }
+    committed
+}
+
 /// What every entry of a shard's log must keep.
 pub fn shard_step(
     before: &Replica<Shard>,
@@ -251,6 +293,15 @@ pub fn shard_step(
         });
         demand(stays || ended || given_up, || {
             format!("R3: the YES of {} under {} is gone without an outcome", name_of(part.id), part.number)
+        })?;
+    }
+    for part in &held_before {
+        let VoteKind::Committed(stamp) = part.vote else { continue };
+        let recorded = message.outcomes.iter().any(|outcome| {
+            outcome.id == part.id && outcome.number == part.number && outcome.commit == Some(stamp)
+        });
+        demand(recorded || held_after.contains(part), || {
+            format!("R13: the commit of {} is gone before it was recorded", name_of(part.id))
         })?;
     }
     for prepare in &message.prepares {
@@ -440,7 +491,11 @@ pub fn shard_and_witness(
                         "G3: {name} at {stamp} has an effect more than once, or half of one, on shard {id}"
                     )
                 })?;
-                let finished = shard.machine.is_finished(GroupId::COORDINATOR, decision.number);
+                let committed = |part: &HeldPart| {
+                    part.number == decision.number && part.vote == VoteKind::Committed(*stamp)
+                };
+                let finished = shard.machine.is_finished(GroupId::COORDINATOR, decision.number)
+                    || parts.iter().any(committed);
                 let is_done = if writes(&operations) { done > 0 } else { !is_held && finished };
                 demand(is_held != is_done, || {
                     format!(
@@ -567,7 +622,11 @@ pub fn shard_and_coordinator(
             continue;
         }
         // An aborted batch may be held under a number that its decision doesn't know: a stray, which is ended on its own.
-        let held = parts.iter().any(|part| part.id == decision.id && part.number == decision.number);
+        let held = parts.iter().any(|part| {
+            part.id == decision.id
+                && part.number == decision.number
+                && !matches!(part.vote, VoteKind::Committed(_))
+        });
         demand(!held, || format!("R2: {name} is recorded as finished, and shard {id} still holds a part"))?;
         if decision.result.is_ok()
             && let Some(batch) = contents.of(decision)

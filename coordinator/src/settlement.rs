@@ -25,7 +25,7 @@ use crate::{
     driver::{Answer, NotServed, Question, Request as DriverRequest},
     failure::CallFailure,
     gateway::{Gateway, Local, Origin, busy},
-    submitter::{NOT_LEADER_CODE, Submitted, refusal_of, unknown},
+    submitter::{NOT_LEADER_CODE, SHARD_SILENT, Submitted, refusal_of, unknown},
 };
 
 /// Answers of one stream that wait for the transport.
@@ -189,8 +189,9 @@ fn forwarded_result(id: BatchId, answer: Answer) -> (submit_stream_response::Res
             (submit_stream_response::Result::Outcome(outcome_to_wire(&decision)), false)
         }
         Ok(Reply::Refused(refusal)) => (error(refusal_of(&refusal, "batch.id", id)), false),
-        Ok(Reply::InProgress | Reply::NotSeen | Reply::Rows { .. } | Reply::History { .. }) => {
-            unreachable!("a submission is answered by a decision or a refusal")
+        Ok(Reply::InProgress) => (submit_stream_response::Result::Outcome(unknown(id, SHARD_SILENT)), false),
+        Ok(Reply::NotSeen | Reply::Rows { .. } | Reply::History { .. }) => {
+            unreachable!("a submission is answered by what became of it")
         }
         Err(NotServed::Overloaded) => (error(CallFailure::overloaded("too many callers wait")), false),
         Err(NotServed::NotLeader) => {

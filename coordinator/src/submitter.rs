@@ -310,6 +310,9 @@ pub(crate) fn unknown(id: BatchId, message: &str) -> v1::Outcome {
     undecided(id, v1::UndecidedState::Unknown, message)
 }
 
+/// Why a leader can't say what became of a batch.
+pub(crate) const SHARD_SILENT: &str = "the shard that may have committed the batch is not answering";
+
 /// An answer without a decision.
 pub(crate) fn undecided(id: BatchId, state: v1::UndecidedState, message: &str) -> v1::Outcome {
     let undecided = v1::Undecided { state: state.into(), message: message.to_owned() };
@@ -499,8 +502,10 @@ impl Submitter {
                     self.pause();
                 }
             }
-            Ok(Reply::InProgress | Reply::NotSeen | Reply::Rows { .. } | Reply::History { .. }) => {
-                unreachable!("a submission is answered by a decision or a refusal")
+            // Its time is up at the leader, which can't know whether it is committed.
+            Ok(Reply::InProgress) => self.table.answer(tag, Ok(unknown(id, SHARD_SILENT))),
+            Ok(Reply::NotSeen | Reply::Rows { .. } | Reply::History { .. }) => {
+                unreachable!("a submission is answered by what became of it")
             }
             Err(NotServed::NotLeader) => {
                 self.table.again(tag, false);

@@ -91,6 +91,7 @@ mod tests {
             hash: ContentHash([0; 32]),
             shards: vec![],
             gives_up: vec![],
+            sole: None,
             operations: rows.iter().map(add).collect(),
         };
         ToShard { placement: Placement { shards: 4 }, prepares: vec![prepare], ..Default::default() }

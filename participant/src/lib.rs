@@ -228,7 +228,8 @@ impl Participant {
                 | VoteKind::OldEpoch
                 | VoteKind::Finished
                 | VoteKind::Held
-                | VoteKind::Overloaded => false,
+                | VoteKind::Overloaded
+                | VoteKind::Committed(_) => false,
             };
             let parts = hosted.group.read(|machine, _| {
                 let held = machine.held().filter(undecided).take(limit);

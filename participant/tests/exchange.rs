@@ -222,6 +222,7 @@ fn add(sequence: u64, delta: i128) -> Prepare {
         hash: ContentHash([7; 32]),
         shards: vec![SHARD],
         gives_up: vec![],
+        sole: None,
         operations: vec![(0, Operation { row: row(), kind })],
     }
 }

@@ -7,15 +7,20 @@
 //! - A decision is forgotten only when all its participants have confirmed it and its id is at or before the horizon. The horizon
 //!   only moves forward, and an id at or before it that has no decision never gets another one than abort, nor is started by a
 //!   leader. So nothing forgotten is ever run again, whatever the clocks say (promise G3).
+//! - What a batch's only participant has committed is recorded as such, whatever the horizon: it has happened. It is finished at once,
+//!   since nobody is left to be told before it may be forgotten.
 //! - Decisions are bounded in number: those with the oldest ids make room, and the horizon moves with them.
 //! - The ceiling only rises, and every stamp that is given lies at or below it.
+//! - What a shard has committed by itself, and is not recorded, has an id with a time in the window of that shard.
 //! - The history mark only rises, and at least [`Keep::history_max`] commits have been recorded behind it.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     batch::Placement,
-    ids::{BatchId, Epoch, Millis, NodeId, Number, Stamp},
+    ids::{BatchId, Epoch, Millis, NodeId, Number, ShardId, Stamp},
     leader::Remembered,
     machine::{Machine, decode, encode},
     messages::{Abort, AbortReason, Decision},
@@ -29,6 +34,7 @@ const DECISION_TABLE: u8 = 0x21;
 const ORDER_TABLE: u8 = 0x22;
 const UNFINISHED_TABLE: u8 = 0x23;
 const CHECKPOINT_TABLE: u8 = 0x25;
+const WINDOW_TABLE: u8 = 0x26;
 
 /// By how much an opening entry, and later the leader, raises the ceiling of stamps.
 pub const STAMP_BLOCK: u64 = 1 << 20;
@@ -76,6 +82,29 @@ impl Default for Keep {
     }
 }
 
+/// Times of ids: later than `after`, up to `up_to`. A shard is let commit a batch by itself only if the time of its id lies in the
+/// window that is recorded for the shard, and the window's beginning moves only past what is recorded too. So a new leader knows of
+/// all other ids that no shard which it hasn't heard has committed them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Window {
+    /// Only later ids.
+    pub after: Millis,
+    /// Only ids up to here.
+    pub up_to: Millis,
+}
+
+impl Window {
+    /// Whether an id lies in it.
+    pub fn contains(&self, id: BatchId) -> bool {
+        self.after < id.time() && id.time() <= self.up_to
+    }
+
+    /// The later of both ends: neither moves back.
+    pub fn later(self, other: Window) -> Window {
+        Window { after: self.after.max(other.after), up_to: self.up_to.max(other.up_to) }
+    }
+}
+
 /// What the leader of an epoch records in one entry.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Act {
@@ -83,12 +112,16 @@ pub struct Act {
     pub epoch: Epoch,
     /// Decisions.
     pub decisions: Vec<Decision>,
+    /// Commits that the only participant has made and carried out.
+    pub settled: Vec<Decision>,
     /// Batches that all participants have confirmed.
     pub finished: Vec<BatchId>,
     /// A higher ceiling of stamps.
     pub ceiling: Option<Stamp>,
     /// A later horizon.
     pub horizon: Option<Millis>,
+    /// Later windows of ids that shards may commit by themselves.
+    pub windows: BTreeMap<ShardId, Window>,
     /// Too many decisions are remembered: those with ids up to this time may be forgotten to make room.
     pub crowded: Option<Millis>,
 }
@@ -97,9 +130,11 @@ impl Act {
     /// Whether it records nothing.
     pub fn is_empty(&self) -> bool {
         self.decisions.is_empty()
+            && self.settled.is_empty()
             && self.finished.is_empty()
             && self.ceiling.is_none()
             && self.horizon.is_none()
+            && self.windows.is_empty()
             && self.crowded.is_none()
     }
 
@@ -115,9 +150,14 @@ impl Act {
         } else {
             self.decisions.extend(more.decisions);
         }
+        self.settled.extend(more.settled);
         self.finished.extend(more.finished);
         self.ceiling = self.ceiling.max(more.ceiling);
         self.horizon = self.horizon.max(more.horizon);
+        for (shard, window) in more.windows {
+            let place = self.windows.entry(shard).or_default();
+            *place = place.later(window);
+        }
         self.crowded = self.crowded.max(more.crowded);
     }
 }
@@ -146,7 +186,7 @@ pub enum CoordinatorReply {
 /// What has come of an [`Act`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Acted {
-    /// For each decision of the entry the one that stands.
+    /// For each decision of the entry the one that stands; what was settled comes last.
     pub decisions: Vec<Decision>,
     /// The ceiling of stamps.
     pub ceiling: Stamp,
@@ -156,6 +196,8 @@ pub struct Acted {
     pub history: Stamp,
     /// How many decisions are remembered.
     pub remembered: u64,
+    /// The windows that the entry moved, as they are now.
+    pub windows: BTreeMap<ShardId, Window>,
 }
 
 /// What a new leader starts from.
@@ -173,6 +215,8 @@ pub struct Opened {
     pub history: Stamp,
     /// How many decisions are remembered.
     pub remembered: u64,
+    /// Ids that shards may have committed by themselves, without it being recorded.
+    pub windows: BTreeMap<ShardId, Window>,
     /// Decisions that not all participants have confirmed.
     pub unfinished: Vec<Decision>,
 }
@@ -353,6 +397,7 @@ impl Coordinator {
             horizon: self.state.horizon,
             history: self.state.history,
             remembered: self.state.count,
+            windows: windows(store)?,
             unfinished,
         }))
     }
@@ -365,16 +410,26 @@ impl Coordinator {
         if let Some(ceiling) = act.ceiling {
             self.state.ceiling = self.state.ceiling.max(ceiling);
         }
-        let recorded = act.decisions.len();
+        let recorded = act.decisions.len() + act.settled.len();
         let mut decisions = Vec::with_capacity(recorded);
         for decision in act.decisions {
             decisions.push(self.decide(store, decision)?);
+        }
+        for decision in act.settled {
+            decisions.push(self.settle(store, decision)?);
         }
         for id in act.finished {
             self.finish(store, id)?;
         }
         if let Some(horizon) = act.horizon {
             self.state.horizon = self.state.horizon.max(horizon);
+        }
+        let mut windows = BTreeMap::new();
+        for (shard, window) in act.windows {
+            let stored = store.get(&window_key(shard))?.map(|bytes| decode("window", &bytes)).transpose()?;
+            let window = window.later(stored.unwrap_or_default());
+            store.put(&window_key(shard), &encode(&window))?;
+            windows.insert(shard, window);
         }
         let most = if act.crowded.is_some() { REMOVED_PER_ENTRY_CROWDED } else { REMOVED_PER_ENTRY };
         self.forget(store, most + 2 * recorded, act.crowded)?;
@@ -384,6 +439,7 @@ impl Coordinator {
             horizon: self.state.horizon,
             history: self.state.history,
             remembered: self.state.count,
+            windows,
         }))
     }
 
@@ -402,12 +458,34 @@ impl Coordinator {
                 return Ok(decision);
             }
         }
+        let finished = decision.shards.is_empty();
+        self.record(store, decision, finished)
+    }
+
+    /// Rule R1, for what has happened already.
+    fn settle(&mut self, store: &mut dyn Store, decision: Decision) -> Result<Decision, StoreError> {
+        match self.load(store, decision.id)? {
+            Some(stored) => Ok(stored.decision),
+            None => self.record(store, decision, true),
+        }
+    }
+
+    fn record(
+        &mut self,
+        store: &mut dyn Store,
+        decision: Decision,
+        finished: bool,
+    ) -> Result<Decision, StoreError> {
+        let id = decision.id;
         if let Ok(stamp) = decision.result {
             assert!(stamp <= self.state.ceiling, "stamp {stamp} is above the ceiling {}", self.state.ceiling);
             self.note_commit(store, stamp)?;
         }
+        if finished && id < self.state.forgotten {
+            // Looking for what can be forgotten has passed it by.
+            return Ok(decision);
+        }
         let position = self.state.next;
-        let finished = decision.shards.is_empty();
         self.state.next += 1;
         self.state.count += 1;
         store.put_new(&order_key(position), &id.0)?;
@@ -539,6 +617,24 @@ fn unfinished_key(position: u64) -> Vec<u8> {
 
 fn checkpoint_key(commits: u64) -> Vec<u8> {
     [&[CHECKPOINT_TABLE], commits.to_be_bytes().as_slice()].concat()
+}
+
+fn window_key(shard: ShardId) -> Vec<u8> {
+    [&[WINDOW_TABLE], shard.0.to_be_bytes().as_slice()].concat()
+}
+
+fn windows(store: &dyn Store) -> Result<BTreeMap<ShardId, Window>, StoreError> {
+    let mut windows = BTreeMap::new();
+    let mut failed = None;
+    store.scan(&[WINDOW_TABLE], &[WINDOW_TABLE + 1], &mut |key, bytes| {
+        let shard = key[1..].try_into().expect("a shard follows the table");
+        match decode("window", bytes) {
+            Err(error) => failed = Some(error),
+            Ok(window) => _ = windows.insert(ShardId(u32::from_be_bytes(shard)), window),
+        }
+        failed.is_none()
+    })?;
+    failed.map_or(Ok(windows), Err)
 }
 
 fn position_of(key: &[u8]) -> u64 {

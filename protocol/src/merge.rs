@@ -54,6 +54,7 @@ mod tests {
             hash: ContentHash([0; 32]),
             shards: vec![],
             gives_up: vec![],
+            sole: None,
             operations: vec![],
         };
         let outcome = |sequence: &u64| PartOutcome {

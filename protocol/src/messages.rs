@@ -52,6 +52,8 @@ pub struct Prepare {
     pub shards: Vec<ShardId>,
     /// Earlier numbers of the same batch that are given up by this one.
     pub gives_up: Vec<Number>,
+    /// Set if this shard is the only participant: it may commit the batch at once, at this stamp, on its own word.
+    pub sole: Option<Stamp>,
     /// The operations of this shard.
     pub operations: Part,
 }
@@ -109,7 +111,7 @@ pub struct HeldPart {
     pub hash: ContentHash,
     /// Its participants.
     pub shards: Vec<ShardId>,
-    /// YES, NO or waiting.
+    /// YES, NO, waiting or committed.
     pub vote: VoteKind,
 }
 
@@ -143,6 +145,8 @@ pub enum VoteKind {
     Held,
     /// Refused: too many parts are held.
     Overloaded,
+    /// The batch is committed, at this stamp: its only participant has carried it out.
+    Committed(Stamp),
 }
 
 /// The answer to an outcome (rule R2: only this counts, and only if not `lost`).

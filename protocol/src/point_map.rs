@@ -28,13 +28,6 @@ impl<K: Eq + Hash, V> PointMap<K, V> {
         self.0.len()
     }
 
-    pub(crate) fn contains<Q: Eq + Hash + ?Sized>(&self, key: &Q) -> bool
-    where
-        K: Borrow<Q>,
-    {
-        self.0.contains_key(key)
-    }
-
     pub(crate) fn get<Q: Eq + Hash + ?Sized>(&self, key: &Q) -> Option<&V>
     where
         K: Borrow<Q>,

@@ -39,7 +39,9 @@ pub fn to_shard(message: &ToShard) -> String {
         ));
     }
     for prepare in &message.prepares {
-        parts.push(format!("prepare {} {}{}", name_of(prepare.id), prepare.number, given(&prepare.gives_up)));
+        let sole = prepare.sole.map_or(String::new(), |stamp| format!(" alone at {stamp}"));
+        let given = given(&prepare.gives_up);
+        parts.push(format!("prepare {} {}{sole}{given}", name_of(prepare.id), prepare.number));
     }
     parts.join(", ")
 }
@@ -78,6 +80,7 @@ pub fn vote(kind: &VoteKind) -> String {
     match kind {
         VoteKind::No(why) => format!("NO {}", abort(why)),
         VoteKind::Yes => "YES".to_owned(),
+        VoteKind::Committed(stamp) => format!("COMMITTED at {stamp}"),
         other => format!("{other:?}").to_lowercase(),
     }
 }

@@ -62,6 +62,8 @@ fn batch_of(number: u8) -> Batch {
 #[derive(Clone, Debug)]
 enum Choice {
     Submit(u8),
+    /// The id of one batch for the contents of another, by mistake.
+    Misuse(u8, u8),
     Deliver(u16, bool),
     Lose(u16),
     Apply,
@@ -81,6 +83,7 @@ enum Choice {
 fn choice() -> impl Strategy<Value = Choice> {
     prop_oneof![
         10 => (0..24u8).prop_map(Choice::Submit),
+        3 => (0..24u8, 0..24u8).prop_map(|(id, contents)| Choice::Misuse(id, contents)),
         40 => (any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(which, keep)| Choice::Deliver(which, keep)),
         4 => any::<u16>().prop_map(Choice::Lose),
         14 => Just(Choice::Apply),
@@ -98,11 +101,22 @@ fn choice() -> impl Strategy<Value = Choice> {
     ]
 }
 
+/// How far windows reach: ids are made in the first 24 ms.
+fn window() -> impl Strategy<Value = (u64, u64)> {
+    prop_oneof![
+        3 => Just((1_000, 60_000)),
+        1 => (0..60u64, 0..2_000u64),
+    ]
+}
+
 fn take(world: &mut World, choice: Choice) {
     let shards = world.config.placement.shards;
     match choice {
         Choice::Submit(number) => {
             world.submit(batch_of(number));
+        }
+        Choice::Misuse(id, contents) => {
+            world.submit(Batch { id: id_of(id), ..batch_of(contents) });
         }
         Choice::Deliver(which, keep) if !world.packets.is_empty() => {
             let place = usize::from(which) % world.packets.len();
@@ -194,7 +208,7 @@ fn check_reads(world: &World) {
             if stamp > *position {
                 continue;
             }
-            for operation in &world.submitted[&decision.id].operations {
+            for operation in &world.contents(decision).operations {
                 if let OperationKind::Add { delta, .. } = operation.kind {
                     let entry = sums.entry(operation.row.clone()).or_default();
                     entry.0 += delta;
@@ -236,11 +250,17 @@ proptest! {
     #[test]
     fn forgetting_early_breaks_no_promise(
         shards in 1..=3u32,
+        alone in prop::bool::weighted(0.8),
+        window in window(),
         keep in (1..4u64, 1..4u64).prop_map(|(decisions_max, history_max)| Keep { decisions_max, history_max }),
         choices in prop::collection::vec(choice(), 1..220),
     ) {
-        let mut world = World::with(shards, 2, |config| (config.keep, config.young_ms) = (keep, 0));
+        let mut world = World::with(shards, 2, |config| {
+            (config.keep, config.young_ms, config.alone) = (keep, 0, alone);
+            (config.alone_ahead_ms, config.alone_behind_ms) = window;
+        });
         world.elect();
+        world.deliver_all();
         for number in [0, 8, 16] {
             world.submit(batch_of(number));
         }
@@ -256,9 +276,21 @@ proptest! {
     }
 
     #[test]
-    fn any_order_ends_in_one_true_state(shards in 1..=3u32, choices in prop::collection::vec(choice(), 1..220)) {
-        let mut world = World::new(shards, 2);
+    fn any_order_ends_in_one_true_state(
+        shards in 1..=3u32,
+        alone in prop::bool::weighted(0.8),
+        window in window(),
+        prompt in any::<bool>(),
+        choices in prop::collection::vec(choice(), 1..220),
+    ) {
+        let mut world = World::with(shards, 2, |config| {
+            config.alone = alone;
+            (config.alone_ahead_ms, config.alone_behind_ms) = window;
+        });
         world.elect();
+        if prompt {
+            world.deliver_all();
+        }
         for number in [0, 8, 16] {
             world.submit(batch_of(number));
         }

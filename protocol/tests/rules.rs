@@ -4,7 +4,7 @@ mod world;
 
 use verdict_protocol::{
     batch::{Batch, Operation, OperationKind, Placement, RowKey},
-    coordinator::{Act, CoordinatorEntry, CoordinatorReply, Keep},
+    coordinator::{Act, CoordinatorEntry, CoordinatorReply, Keep, Window},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
     leader::{Event, Reply},
     machine::encode,
@@ -13,7 +13,7 @@ use verdict_protocol::{
     },
     roster::{self, NodeChange, NodeRefusal, NodeWish},
 };
-use world::{START, World};
+use world::{Packet, START, World};
 
 fn id(letter: u8) -> BatchId {
     BatchId::from_parts(Millis(START.0 + u64::from(letter)), [letter; 10])
@@ -35,6 +35,7 @@ fn prepare(letter: u8, number: Number, delta: i128) -> Prepare {
         hash: ContentHash([letter; 32]),
         shards: vec![ShardId(1)],
         gives_up: Vec::new(),
+        sole: None,
         operations: vec![(0, Operation { row: row(), kind })],
     }
 }
@@ -162,7 +163,7 @@ fn batches_of_two_coordinators_never_wait_for_each_other() {
 
 #[test]
 fn forgotten_ids_are_refused_and_unfinished_ones_are_not_forgotten() {
-    let mut world = World::with(1, 2, |config| config.retention_ms = 10_000);
+    let mut world = World::with(1, 2, |config| (config.retention_ms, config.alone) = (10_000, false));
     world.elect();
     world.settle();
     let batch = |letter: u8| verdict_protocol::batch::Batch {
@@ -586,24 +587,171 @@ fn a_late_greeting_takes_no_epoch_back() {
 /// A stamp above the ceiling that is recorded may be given again by the next leader, which begins there.
 #[test]
 fn no_stamp_is_given_above_the_recorded_ceiling() {
-    let mut world = World::new(1, 2);
-    world.elect_with(|opened| opened.ceiling = Stamp(opened.floor.0 + 2));
-    world.deliver_all();
-    for letter in 0..5 {
-        world.submit(add_batch(letter, &[row()]));
-    }
-    for _ in 0..2 {
-        for packet in std::mem::take(&mut world.packets) {
-            world.deliver(packet, 0);
+    for alone in [false, true] {
+        let mut world = World::with(1, 2, |config| config.alone = alone);
+        world.elect_with(|opened| {
+            opened.ceiling = Stamp(opened.floor.0 + 2);
+            // It is there already, or recording it would tell the leader of the ceiling that is recorded in truth.
+            let window = Window { after: Millis(0), up_to: Millis(u64::MAX) };
+            opened.windows.insert(ShardId(1), window);
+        });
+        world.deliver_all();
+        for letter in 0..5 {
+            world.submit(add_batch(letter, &[row()]));
         }
+        let mut given = Vec::new();
+        for _ in 0..2 {
+            for packet in std::mem::take(&mut world.packets) {
+                if let Packet::ToShard(_, message) = &packet {
+                    given.extend(message.prepares.iter().filter_map(|prepare| prepare.sole));
+                }
+                world.deliver(packet, 0);
+            }
+        }
+        let acts = &world.leaders[0].acts;
+        given.extend(acts.iter().flat_map(|act| &act.decisions).filter_map(|one| one.result.clone().ok()));
+        assert_eq!(
+            given,
+            [Stamp(1), Stamp(2)],
+            "the others wait until the ceiling is raised (alone: {alone})"
+        );
+        assert!(acts.iter().any(|act| act.ceiling.is_some()), "nobody asks for a higher one");
+        world.settle();
+        let mut stamps: Vec<_> = world.recorded.iter().map(|one| one.result.clone().unwrap()).collect();
+        stamps.sort();
+        assert_eq!(stamps, [1, 2, 3, 4, 5].map(Stamp));
+        world.check_at_rest();
     }
-    let acts = &world.leaders[0].acts;
-    let given: Vec<_> = acts.iter().flat_map(|act| &act.decisions).map(|one| one.result.clone()).collect();
-    assert_eq!(given, [Ok(Stamp(1)), Ok(Stamp(2))], "the others wait until the ceiling is raised");
-    assert!(acts.iter().any(|act| act.ceiling.is_some()), "nobody asks for a higher one");
-    world.settle();
-    let mut stamps: Vec<_> = world.recorded.iter().map(|one| one.result.clone().unwrap()).collect();
-    stamps.sort();
-    assert_eq!(stamps, [1, 2, 3, 4, 5].map(Stamp));
-    world.check_at_rest();
+}
+
+fn alone(letter: u8, number: Number, delta: i128, stamp: u64) -> Prepare {
+    Prepare { sole: Some(Stamp(stamp)), ..prepare(letter, number, delta) }
+}
+
+#[test]
+fn what_a_shard_committed_is_kept_without_rows_until_it_is_recorded() {
+    let mut world = greeted(1);
+    let committed = VoteKind::Committed(Stamp(4));
+    let check_counts = |world: &World| {
+        let counts = world.shards[&ShardId(1)].leading().machine.counts();
+        assert_eq!((counts.in_doubt, counts.waiting, counts.settled, counts.held_rows), (0, 0, 1, 0));
+    };
+    assert_eq!(only_vote(&mut world, 1, alone(7, number(1, 1), 5, 4)), committed);
+    check_counts(&world);
+    restart_all(&mut world);
+    assert_eq!(only_vote(&mut world, 1, alone(7, number(1, 1), 5, 4)), committed, "a repeat");
+    check_counts(&world);
+    let again = Prepare { gives_up: vec![number(1, 1)], ..prepare(7, number(1, 2), 5) };
+    let message = ToShard { epoch: Epoch(1), prepares: vec![again], ..ToShard::default() };
+    let vote = say(&mut world, message).0.votes.remove(0);
+    assert_eq!((vote.number, vote.kind), (number(1, 1), committed), "whichever number asks, it has happened");
+    let message =
+        ToShard { epoch: Epoch(1), outcomes: vec![outcome(7, number(1, 1), None)], ..ToShard::default() };
+    let (answer, alarms) = say(&mut world, message);
+    assert!(answer.done[0].lost && alarms.len() == 1, "what has happened can't be aborted");
+    let message = ToShard { epoch: Epoch(2), greet: true, ..ToShard::default() };
+    let parts = say(&mut world, message).0.greeting.unwrap().parts;
+    assert_eq!(parts.len(), 1, "R11: a greeting lists it");
+    end(&mut world, outcome(7, number(1, 1), Some(4)));
+    restart_all(&mut world);
+    assert_eq!(world.shards[&ShardId(1)].leading().machine.held().count(), 0);
+    assert_eq!(world.row(&row()).value, RowValue::Balance(5));
+}
+
+#[test]
+fn a_shard_commits_in_the_order_of_stamps_after_a_restart_too() {
+    let mut world = greeted(1);
+    let committed = |stamp| VoteKind::Committed(Stamp(stamp));
+    assert_eq!(only_vote(&mut world, 1, alone(7, number(1, 1), 5, 9)), committed(9));
+    restart_all(&mut world);
+    assert_eq!(only_vote(&mut world, 1, alone(8, number(1, 2), 5, 8)), VoteKind::Yes);
+    assert_eq!(only_vote(&mut world, 1, alone(9, number(1, 3), 5, 10)), committed(10));
+    end(&mut world, outcome(8, number(1, 2), Some(20)));
+    assert_eq!(only_vote(&mut world, 1, alone(10, number(1, 4), 5, 15)), VoteKind::Yes);
+    assert_eq!(only_vote(&mut world, 1, alone(11, number(1, 5), 5, 21)), committed(21));
+}
+
+#[test]
+fn a_copy_of_what_was_refused_commits_nothing() {
+    let mut world = greeted(1);
+    let put = |prepare: Prepare| {
+        let mut prepare = prepare;
+        prepare.operations[0].1.kind = OperationKind::Put(bytes::Bytes::from_static(b"x"));
+        prepare
+    };
+    assert_eq!(only_vote(&mut world, 1, put(prepare(8, number(1, 2), 0))), VoteKind::Yes);
+    assert_eq!(only_vote(&mut world, 1, put(alone(7, number(1, 1), 0, 1))), VoteKind::Conflict);
+    end(&mut world, outcome(8, number(1, 2), None));
+    restart_all(&mut world);
+    assert_eq!(only_vote(&mut world, 1, put(alone(7, number(1, 1), 0, 1))), VoteKind::Finished);
+}
+
+#[test]
+fn an_id_that_a_silent_shard_may_have_committed_is_not_sealed() {
+    let mut world = World::new(2, 2);
+    world.elect();
+    world.deliver_all();
+    world.elect();
+    let token = world.query(id(7), true);
+    assert_eq!(world.reply(token), Some(&Reply::InProgress), "R13: nobody knows yet");
+    world.deliver_all();
+    let token = world.query(id(7), true);
+    world.deliver_all();
+    assert!(matches!(world.reply(token), Some(Reply::Decided(_))));
+}
+
+#[test]
+fn a_batch_for_a_silent_shard_that_was_never_sent_ends_without_a_claim() {
+    let mut world = World::new(2, 2);
+    world.elect();
+    world.deliver_all();
+    world.down.insert(ShardId(2));
+    world.crash(0);
+    world.elect();
+    world.deliver_all();
+    let [_, row] = rows_of_two(&world);
+    let token = world.submit(add_batch(7, std::slice::from_ref(&row))).unwrap();
+    let new = BatchId::from_parts(Millis(START.0 + 9_000), [9; 10]);
+    let later = world.submit(Batch { id: new, ..add_batch(9, &[row]) }).unwrap();
+    world.tick(11_000);
+    assert_eq!(world.reply(token), Some(&Reply::InProgress), "R13: an earlier leader may have sent it");
+    assert_eq!(world.leaders[0].leader.in_flight(), 1, "G9: nothing is kept of it");
+    world.deliver_all();
+    let Some(Reply::Decided(decision)) = world.reply(later) else {
+        panic!("no earlier leader can have let this")
+    };
+    assert!(decision.result.is_err());
+}
+
+#[test]
+fn a_window_begins_before_all_that_is_not_recorded() {
+    let mut world = World::with(2, 2, |config| config.alone_behind_ms = 0);
+    world.elect();
+    world.deliver_all();
+    let [row, _] = rows_of_two(&world);
+    world.submit(add_batch(7, std::slice::from_ref(&row)));
+    let [Packet::ToShard(_, message)] = &world.packets[..] else { panic!("one prepare") };
+    assert!(message.prepares[0].sole.is_some());
+    world.packets.clear();
+    world.tick(400);
+    world.submit(add_batch(8, std::slice::from_ref(&row)));
+    world.deliver_all();
+    world.tick(400);
+    world.submit(add_batch(9, &[row]));
+    let window = world.leaders[0].acts.last().expect("a later window is asked for").windows[&ShardId(1)];
+    assert!(window.contains(id(7)), "the shard may have committed it: {window:?}");
+    assert!(window.up_to > world.now);
+}
+
+#[test]
+fn what_comes_behind_a_no_is_not_committed_below_it() {
+    let mut world = greeted(1);
+    // The credit was sent first, with stamp 3. The debit overtakes it, and is refused for want of it.
+    let debit = prepare(8, number(1, 2), -5);
+    assert!(matches!(only_vote(&mut world, 1, debit.clone()), VoteKind::No(_)));
+    restart_all(&mut world);
+    let credit = alone(7, number(1, 1), 5, 3);
+    assert_eq!(only_vote(&mut world, 1, credit), VoteKind::Yes, "G6: at stamp 3 the NO would be false");
+    assert_eq!(only_vote(&mut world, 1, alone(9, number(1, 3), 1, 4)), VoteKind::Committed(Stamp(4)));
+    assert!(matches!(only_vote(&mut world, 1, debit), VoteKind::No(_)), "a NO stands");
 }

@@ -2,9 +2,9 @@
 //! are what happened. `UPDATE_SCRIPTS=1 cargo test -p verdict-protocol --test scripts` writes them anew; read the diff as code.
 //!
 //! Commands:
-//! - `world SHARDS`; `elect`: a new leader opens its epoch, the old one lives on unaware; `crash N`: the leader dies, its first N
-//!   proposals are in the log all the same; `apply`: its next proposal is applied, `apply old`: that of the first deposed leader
-//! - `submit X OP; OP; ...`, `query X`, `cancel X`, `read ROW ROW ...`, `history ROW`. A row is `name@shard` for the balance of the
+//! - `world SHARDS`, `world SHARDS alone`: shards may commit by themselves; `elect`: a new leader opens its epoch, the old one lives on
+//!   unaware; `crash N`: the leader dies, its first N proposals are in the log all the same; `apply`: its next proposal is applied, `apply old`: that of the first deposed leader
+//! - `submit X OP; OP; ...`, `query X`, `cancel X`, `read ROW ROW ...`, `history ROW`. `X+5000`: its id is made 5 s later. A row is `name@shard` for the balance of the
 //!   user `name` on that shard, `name@shard/r` for a record. Operations: `add ROW DELTA [floor N] [ceiling N]`, `put|insert ROW TEXT`,
 //!   `delete ROW`, `exists|absent ROW`, `version ROW N`, `is ROW TEXT`, `atleast|atmost|equals ROW N`
 //! - `deliver [WHAT]`, `lose [WHAT]`, `repeat [WHAT]`: what is on its way now: `to N`, `from N` or all; `deliver old from N`: to the
@@ -35,7 +35,8 @@ struct Script {
 
 fn id_of(name: &str) -> BatchId {
     let letter = name.bytes().next().expect("a batch has a name");
-    BatchId::from_parts(Millis(START.0 + u64::from(letter)), [letter; 10])
+    let later = name.split_once('+').map_or(0, |(_, millis)| millis.parse().expect("milliseconds"));
+    BatchId::from_parts(Millis(START.0 + u64::from(letter) + later), [letter; 10])
 }
 
 impl Script {
@@ -50,7 +51,7 @@ impl Script {
         let mut told = String::new();
         let mut arrived = before;
         match verb {
-            "world" => *self = Script::new(number(0) as u32),
+            "world" => *self = Script::new(number(0) as u32, rest.get(1) == Some(&"alone")),
             "room" => self.world.parts_max = number(0) as u32,
             "elect" => self.world.elect(),
             "crash" => self.world.crash(number(0) as usize),
@@ -150,9 +151,10 @@ impl Script {
         told
     }
 
-    fn new(shards: u32) -> Script {
+    fn new(shards: u32, alone: bool) -> Script {
         Script {
-            world: World::new(shards, 2),
+            // Far enough that windows seldom move while a story is told.
+            world: World::with(shards, 2, |config| (config.alone, config.alone_ahead_ms) = (alone, 4_000)),
             names: BTreeMap::new(),
             kept: Vec::new(),
             seen_replies: 0,
@@ -185,7 +187,7 @@ fn shown(packet: &Packet) -> String {
 
 /// Runs a script; the text that it should be.
 fn play(text: &str) -> String {
-    let mut script = Script::new(2);
+    let mut script = Script::new(2, false);
     let mut out = String::new();
     for line in text.lines() {
         if let Some(command) = line.strip_prefix("> ") {

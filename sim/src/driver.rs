@@ -216,6 +216,9 @@ fn config(placement: Placement, cx: &Context) -> LeaderConfig {
     LeaderConfig {
         keep: Keep { decisions_max, history_max },
         young_ms,
+        alone: settings.alone,
+        alone_ahead_ms: settings.alone_ahead_ms,
+        alone_behind_ms: settings.alone_behind_ms,
         batches_max: settings.batches_max,
         retention_ms: settings.retention_ms,
         future_max_ms: settings.future_max_ms,

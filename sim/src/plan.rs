@@ -68,6 +68,15 @@ pub struct Settings {
     pub arrivals_max: usize,
     /// Entries of a shard, or of the coordinators, under way.
     pub entries_in_flight_max: usize,
+    /// Whether the only participant of a batch may commit it on its own word.
+    #[serde(default = "yes")]
+    pub alone: bool,
+    /// How far the windows of ids that shards may commit by themselves reach beyond the clock, and back.
+    #[serde(default = "ahead")]
+    pub alone_ahead_ms: u64,
+    /// See above.
+    #[serde(default = "behind")]
+    pub alone_behind_ms: u64,
     /// Batches at the leader.
     pub batches_max: usize,
     /// How long a batch may take, in milliseconds.
@@ -78,6 +87,18 @@ pub struct Settings {
     pub keep: (u64, u64, u64),
     /// How far ids may lie ahead, in milliseconds.
     pub future_max_ms: u64,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn ahead() -> u64 {
+    1_000
+}
+
+fn behind() -> u64 {
+    60_000
 }
 
 /// A fault, and when it comes.
@@ -389,6 +410,9 @@ fn settings(random: &mut Random) -> Settings {
         parts_max: if random.chance(8000) { 1000 } else { random.range(1, 4) as u32 },
         arrivals_max: if random.chance(9000) { 1000 } else { random.range(1, 2) as usize },
         entries_in_flight_max: *random.pick(&[1, 1, 2, 16]),
+        alone: random.chance(9000),
+        alone_ahead_ms: *random.pick(&[1_000, 1_000, 4_000, 200]),
+        alone_behind_ms: *random.pick(&[60_000, 60_000, 300]),
         batches_max: if random.chance(9000) { 1000 } else { random.range(1, 3) as usize },
         timeout_ms: random.range(1_500, 4_000) as u32,
         retention_ms: if short { random.range(3_000, 10_000) } else { 24 * 3_600_000 },
@@ -537,7 +561,8 @@ impl Maker<'_> {
 
     fn act(&mut self) -> Act {
         match self.random.below(100) {
-            0..40 => self.trade(),
+            0..22 => self.trade(),
+            22..40 => self.alone(),
             40..48 => self.tight(),
             48..64 => self.records(),
             64..69 => {
@@ -569,6 +594,25 @@ impl Maker<'_> {
             changes.push(Change::Insert(format!("trade:{trade}/record"), number));
         }
         self.submit(changes, true)
+    }
+
+    /// What lives in one partition, hence on one shard: a debit or a credit, with a record of it or a condition.
+    fn alone(&mut self) -> Act {
+        let number = self.random.below(USERS);
+        let balance = format!("user:{number}/USD");
+        let order = format!("user:{number}/order");
+        let value = self.last_id + 1;
+        let amount = self.random.range(1, 40) as i64;
+        let changes = match self.random.below(5) {
+            0 => vec![Change::Add(balance, -amount), Change::Put(order, value)],
+            1 => vec![Change::Add(balance, amount), Change::Put(order, value)],
+            2 => vec![Change::Exists(order, true), Change::Add(balance, -amount)],
+            3 => {
+                vec![Change::Exists(order.clone(), false), Change::Put(order, value), Change::Add(balance, 1)]
+            }
+            _ => vec![Change::Delete(order), Change::Add(balance, amount)],
+        };
+        self.submit(changes, false)
     }
 
     /// More than there may be.
@@ -625,7 +669,12 @@ impl Maker<'_> {
         let recent = self.made.len().saturating_sub(30);
         let mut contents = self.random.pick(&self.made[recent..]).clone();
         if self.random.chance(4000) {
-            contents.changes.push(Change::Add(HOT.to_owned(), 7));
+            if self.random.chance(6000) {
+                // Perhaps on another shard alone.
+                contents.changes.clear();
+            }
+            let row = if self.random.chance(5000) { HOT.to_owned() } else { user(self.random) };
+            contents.changes.push(Change::Add(row, 7));
             contents.zero_sum = false;
         }
         Act::Submit(contents)

@@ -7,7 +7,7 @@ use verdict_protocol::{
     coordinator::{Acted, Coordinator, CoordinatorEntry, CoordinatorReply},
     ids::{BatchId, ContentHash, GroupId, NodeId, ShardId},
     machine::{Machine, Position, decode},
-    messages::Decision,
+    messages::{Decision, VoteKind},
     shard::{Shard, ShardEntry, ShardReply},
     store::MemoryStore,
 };
@@ -159,6 +159,20 @@ pub struct Recorded {
     pub at: Time,
 }
 
+/// What a shard commits on its own word with an entry. That is decided in this moment, whenever it is recorded; an answer may repeat it.
+pub fn committed(shard: ShardId, entry: &ShardEntry, reply: &ShardReply) -> Vec<Decision> {
+    let mut committed = Vec::new();
+    for vote in reply.messages.iter().flat_map(|(_, message)| &message.votes) {
+        let VoteKind::Committed(stamp) = vote.kind else { continue };
+        let mut prepares = entry.messages.iter().flat_map(|message| &message.prepares);
+        if let Some(prepare) = prepares.find(|prepare| prepare.number == vote.number) {
+            let (id, hash, number) = (vote.id, Some(prepare.hash), vote.number);
+            committed.push(Decision { id, hash, shards: vec![shard], number, result: Ok(stamp) });
+        }
+    }
+    committed
+}
+
 /// What is known for certain about a run, whoever remembers it.
 pub struct Facts {
     /// The plan.
@@ -243,6 +257,13 @@ impl Witness {
                     let place = self.facts.decisions.len();
                     let recorded = Recorded { decision: decision.clone(), place, at: now };
                     self.facts.decisions.entry(decision.id).or_insert(recorded);
+                }
+            }
+            Seen::Shard { shard, entry, reply, .. } => {
+                for decision in committed(*shard, entry, reply) {
+                    let place = self.facts.decisions.len();
+                    let recorded = Recorded { decision, place, at: now };
+                    self.facts.decisions.entry(recorded.decision.id).or_insert(recorded);
                 }
             }
             Seen::Committed { group, index, .. } => self.committed.push((*group, *index)),

@@ -167,6 +167,7 @@ fn prepare_to_wire(prepare: &Prepare) -> v1::Prepare {
         shards: shards_to_wire(&prepare.shards),
         gives_up: prepare.gives_up.iter().copied().map(number_to_wire).collect(),
         operations: prepare.operations.iter().map(operation).collect(),
+        sole: prepare.sole.unwrap_or_default().0,
     }
 }
 
@@ -182,6 +183,7 @@ fn prepare_from_wire(prepare: v1::Prepare) -> Field<Prepare> {
         hash: content_hash("hash", &prepare.hash)?,
         shards: shards_from_wire(prepare.shards),
         gives_up: list("gives_up", prepare.gives_up, number_from_wire)?,
+        sole: (prepare.sole != 0).then_some(Stamp(prepare.sole)),
         operations: list("operations", prepare.operations, operation)?,
     })
 }
@@ -354,6 +356,7 @@ fn held_to_wire(part: &HeldPart) -> v1::HeldPart {
         hash: bytes::Bytes::copy_from_slice(&part.hash.0),
         shards: shards_to_wire(&part.shards),
         vote: kind_to_wire(&part.vote).into(),
+        stamp: stamp_of(&part.vote),
     }
 }
 
@@ -365,7 +368,7 @@ fn held_from_wire(part: v1::HeldPart) -> Field<HeldPart> {
         id: batch_id_bytes("batch_id", &part.batch_id)?,
         hash: content_hash("hash", &part.hash)?,
         shards: shards_from_wire(part.shards),
-        vote: kind_from_wire("vote", part.vote, None, no)?,
+        vote: kind_from_wire("vote", part.vote, part.stamp, None, no)?,
     })
 }
 
@@ -379,6 +382,7 @@ fn vote_to_wire(vote: &Vote) -> v1::Vote {
         number: Some(number_to_wire(vote.number)),
         kind: kind_to_wire(&vote.kind).into(),
         aborted,
+        stamp: stamp_of(&vote.kind),
     }
 }
 
@@ -387,8 +391,16 @@ fn vote_from_wire(vote: v1::Vote) -> Field<Vote> {
     Ok(Vote {
         id: batch_id_bytes("batch_id", &vote.batch_id)?,
         number: number_in(vote.number)?,
-        kind: kind_from_wire("kind", vote.kind, vote.aborted, no)?,
+        kind: kind_from_wire("kind", vote.kind, vote.stamp, vote.aborted, no)?,
     })
+}
+
+/// The stamp of a commit; 0 for all other votes.
+fn stamp_of(kind: &VoteKind) -> u64 {
+    match kind {
+        VoteKind::Committed(stamp) => stamp.0,
+        _ => 0,
+    }
 }
 
 fn kind_to_wire(kind: &VoteKind) -> v1::VoteKind {
@@ -401,12 +413,14 @@ fn kind_to_wire(kind: &VoteKind) -> v1::VoteKind {
         VoteKind::Finished => v1::VoteKind::Finished,
         VoteKind::Held => v1::VoteKind::Held,
         VoteKind::Overloaded => v1::VoteKind::Overloaded,
+        VoteKind::Committed(_) => v1::VoteKind::Committed,
     }
 }
 
 fn kind_from_wire(
     field: &str,
     kind: i32,
+    stamp: u64,
     aborted: Option<v1::Aborted>,
     no: impl FnOnce(Option<v1::Aborted>) -> Field<Abort>,
 ) -> Field<VoteKind> {
@@ -418,6 +432,8 @@ fn kind_from_wire(
         Ok(v1::VoteKind::OldEpoch) => VoteKind::OldEpoch,
         Ok(v1::VoteKind::Finished) => VoteKind::Finished,
         Ok(v1::VoteKind::Held) => VoteKind::Held,
+        Ok(v1::VoteKind::Committed) if stamp == 0 => return Err(BatchError::new("stamp", "is missing")),
+        Ok(v1::VoteKind::Committed) => VoteKind::Committed(Stamp(stamp)),
         Ok(v1::VoteKind::Overloaded) => VoteKind::Overloaded,
         Ok(v1::VoteKind::Unspecified) => return Err(BatchError::new(field, "is missing")),
         Err(_) => return Err(BatchError::new(field, format!("{kind} is not known here"))),
@@ -522,13 +538,15 @@ mod tests {
 
     fn any_prepare() -> impl Strategy<Value = Prepare> {
         let operations = vec((any::<u32>(), any_operation()), 0..4);
-        (any_number(), any_id(), any::<[u8; 32]>(), any_shards(), vec(any_number(), 0..3), operations)
-            .prop_map(|(number, id, hash, shards, gives_up, operations)| Prepare {
+        let sole = option::of((1u64..).prop_map(Stamp));
+        (any_number(), any_id(), any::<[u8; 32]>(), any_shards(), vec(any_number(), 0..3), sole, operations)
+            .prop_map(|(number, id, hash, shards, gives_up, sole, operations)| Prepare {
                 number,
                 id,
                 hash: ContentHash(hash),
                 shards,
                 gives_up,
+                sole,
                 operations,
             })
     }
@@ -564,18 +582,18 @@ mod tests {
             Just(VoteKind::Finished),
             Just(VoteKind::Held),
             Just(VoteKind::Overloaded),
+            (1u64..).prop_map(|stamp| VoteKind::Committed(Stamp(stamp))),
         ]
     }
 
     fn any_held() -> impl Strategy<Value = HeldPart> {
-        (any_number(), any_id(), any::<[u8; 32]>(), any_shards(), any::<bool>()).prop_map(
-            |(number, id, hash, shards, yes)| HeldPart {
-                number,
-                id,
-                hash: ContentHash(hash),
-                shards,
-                vote: if yes { VoteKind::Yes } else { VoteKind::Waiting },
-            },
+        let vote = prop_oneof![
+            Just(VoteKind::Yes),
+            Just(VoteKind::Waiting),
+            (1u64..).prop_map(|stamp| VoteKind::Committed(Stamp(stamp))),
+        ];
+        (any_number(), any_id(), any::<[u8; 32]>(), any_shards(), vote).prop_map(
+            |(number, id, hash, shards, vote)| HeldPart { number, id, hash: ContentHash(hash), shards, vote },
         )
     }
 
@@ -710,6 +728,7 @@ mod tests {
             hash: ContentHash([0; 32]),
             shards: vec![ShardId(1)],
             gives_up: vec![],
+            sole: Some(Stamp(sequence)),
             operations: vec![(0, Operation { row: row.clone(), kind: kind.clone() })],
         };
         let mark = Number { epoch: Epoch(1), sequence: 1 };
@@ -725,6 +744,18 @@ mod tests {
     }
 
     #[test]
+    fn a_commit_of_the_only_participant_carries_its_stamp() {
+        let kind = VoteKind::Committed(Stamp(77));
+        let part = HeldPart { vote: kind.clone(), ..held(1) };
+        assert_eq!(held_from_wire(held_to_wire(&part)).unwrap(), part);
+        let vote = Vote { id: part.id, number: part.number, kind };
+        let wire = vote_to_wire(&vote);
+        assert_eq!(vote_from_wire(wire.clone()).unwrap(), vote);
+        let refused = vote_from_wire(v1::Vote { stamp: 0, ..wire }).unwrap_err();
+        assert_eq!(refused.to_string(), "stamp: is missing");
+    }
+
+    #[test]
     fn a_malformed_message_names_its_field() {
         let refused = |message| to_shard_from_wire(message).unwrap_err().to_string();
         let prepare = prepare_to_wire(&Prepare {
@@ -733,6 +764,7 @@ mod tests {
             hash: ContentHash([0; 32]),
             shards: vec![],
             gives_up: vec![],
+            sole: None,
             operations: vec![],
         });
         let with = |prepares| v1::CoordinatorMessage { prepares, ..Default::default() };
@@ -767,6 +799,7 @@ mod tests {
             number: Some(v1::Number { epoch: 1, sequence: 1 }),
             kind,
             aborted: None,
+            stamp: 0,
         };
         let voted = |kind| v1::ParticipantMessage { votes: vec![vote(kind)], ..Default::default() };
         assert_eq!(refused(voted(0)), "votes[0].kind: is missing");

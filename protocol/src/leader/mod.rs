@@ -6,16 +6,23 @@
 //!
 //! Invariants:
 //! - A batch is started only when all its participants have answered the greeting, and none of them listed it (rule R12).
-//! - Commit is proposed only when all participants voted YES under one and the same number (R4), abort at any time before.
-//! - An outcome is told, to shards and callers, only after the log has answered which decision stands (R1, R9). They may wait for
-//!   the next message to the same shard, but only while nobody waits for them there.
+//! - Commit is proposed only when all participants voted YES under one and the same number (R4), abort at any time before, but for
+//!   what a shard may have committed.
+//! - The only participant of a batch may commit it by itself. So while one that was asked to has not answered, nobody decides the
+//!   batch; while one has not answered the greeting, nobody decides or starts an id that it may have committed (R13).
+//! - What was committed so is forgotten by the shard only after it is recorded.
+//! - An outcome is told, to shards and callers, only after the log has answered which decision stands (R1, R9), but for what a shard
+//!   has committed. They may wait for the next message to the same shard, but only while nobody waits for them there.
 //! - Only an explicit `done` ends a participant's part (R2); until then the outcome is sent again.
 //! - The mark of a shard lies below every number that may still be unfinished there (R4).
 //! - Every stamp is greater than every stamp and every read position given before.
+//! - No shard is read at a position at or below a stamp that it may still commit at by itself; and a read gets its position when all
+//!   its shards have answered the greeting.
 //! - No shard is told a history mark above the position of a read that is under way.
 //! - What a shard that doesn't answer can take up of the room for batches and reads is a part of it, so that batches and reads that
 //!   don't touch it go on (promise G9).
 
+mod alone;
 mod reads;
 mod recovery;
 
@@ -23,7 +30,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     batch::{Batch, Part, Placement, RowKey},
-    coordinator::{Act, Acted, Keep, Opened, STAMP_BLOCK, cancelled_number},
+    coordinator::{Act, Acted, Keep, Opened, STAMP_BLOCK, Window, cancelled_number},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, Number, ShardId, Stamp},
     messages::{
         Abort, AbortReason, Decision, Done, FromShard, PartOutcome, Prepare, RowAt, RowChange, ShardRead,
@@ -31,7 +38,7 @@ use crate::{
     },
 };
 
-use self::reads::Reading;
+use self::reads::{Question, Reading};
 
 /// Settings of a leader. Times are in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,6 +47,13 @@ pub struct LeaderConfig {
     pub group: GroupId,
     /// Where partitions live.
     pub placement: Placement,
+    /// Whether the only participant of a batch may commit it by itself.
+    pub alone: bool,
+    /// How far the window of ids that a shard may commit by itself reaches beyond the clock. After a failover so many new ids wait for a
+    /// shard that died with the leader; ids of clocks that are further ahead take two rounds.
+    pub alone_ahead_ms: u64,
+    /// How far the window reaches back. Older ids take two rounds.
+    pub alone_behind_ms: u64,
     /// Batches in memory, decided ones that are not finished included; more are refused.
     pub batches_max: usize,
     /// Reads in memory; more are refused.
@@ -70,6 +84,9 @@ impl LeaderConfig {
         LeaderConfig {
             group: GroupId::COORDINATOR,
             placement,
+            alone: true,
+            alone_ahead_ms: 1_000,
+            alone_behind_ms: 60_000,
             batches_max: 100_000,
             reads_max: 10_000,
             timeout_default_ms: 10_000,
@@ -298,18 +315,35 @@ struct Flight {
     answered: BTreeSet<ShardId>,
 }
 
+impl Flight {
+    fn new(hash: Option<ContentHash>, shards: Vec<ShardId>, stage: Stage) -> Flight {
+        let (waiters, tries) = (Vec::new(), Vec::new());
+        Flight { hash, shards, waiters, stage, listed: BTreeMap::new(), tries, answered: BTreeSet::new() }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Stage {
     /// Waits for participants to answer the greeting. Nothing was sent.
     Parked(Pending),
-    /// Prepares are out.
-    Preparing { pending: Pending, number: Number, votes: BTreeMap<ShardId, Heard>, retry_at: Option<Millis> },
+    /// Prepares are out. `alone`: the only participant may have committed it, at this stamp; it has not said yet. `late`: the batch's
+    /// time is up, and it is aborted as soon as the participant says that it is not committed.
+    Preparing {
+        pending: Pending,
+        number: Number,
+        votes: BTreeMap<ShardId, Heard>,
+        retry_at: Option<Millis>,
+        alone: Option<Stamp>,
+        late: bool,
+    },
     /// Left over by an earlier epoch.
     Recovering { since: Millis, mixed: bool },
     /// A decision is on its way into the log; with a stamp if it is commit and one could be given.
     Deciding { number: Number, commit: bool, stamp: Option<Stamp> },
-    /// Decided; these shards have not confirmed it.
-    Telling { decision: Decision, missing: BTreeMap<ShardId, Number> },
+    /// Its only participant has committed it, which is still to be recorded.
+    Recording { decision: Decision },
+    /// Decided; these shards have not confirmed it. `finished`: that is recorded already, and needn't be again.
+    Telling { decision: Decision, missing: BTreeMap<ShardId, Number>, finished: bool },
 }
 
 /// What is needed to start a batch, and to start it again.
@@ -335,6 +369,13 @@ struct ShardView {
     heard_at: Millis,
     /// Reads that it has not answered.
     reads: usize,
+    /// Reads that it is asked only after it has said what it has committed.
+    reads_held: BTreeSet<u64>,
+    /// Stamps at which it may commit by itself, as far as it has not answered.
+    alone: BTreeSet<Stamp>,
+    /// Ids that it may commit by itself, or has for earlier leaders: what is recorded, and what is to be.
+    window: Window,
+    window_asked: Window,
     /// Numbers that may be unfinished there, with their batches and the time of the last message about them.
     outstanding: BTreeMap<Number, (BatchId, Millis)>,
     /// Decided batches that it has not been told of: nobody waits for it.
@@ -384,11 +425,15 @@ pub struct Leader {
     /// Batches that commit as soon as the ceiling is raised, in order.
     without_stamp: Vec<BatchId>,
     readings: BTreeMap<u64, Reading>,
+    /// Reads that wait for greetings to be answered; the oldest first.
+    early: Vec<Question>,
     last_request: u64,
     resent_at: Millis,
     /// Batches whose end is still to be recorded. Nobody waits for it, so it rides along with the next decisions, or with the next
     /// tick.
     finished: Vec<BatchId>,
+    /// Commits that shards have made, still to be recorded. Their callers have been told, so it rides along too.
+    settled: Vec<Decision>,
     ticked: bool,
 }
 
@@ -414,7 +459,12 @@ impl Leader {
             shards: config
                 .placement
                 .all()
-                .map(|shard| (shard, ShardView { heard_at: now, ..ShardView::default() }))
+                .map(|shard| {
+                    let window = opened.windows.get(&shard).copied().unwrap_or_default();
+                    let view =
+                        ShardView { heard_at: now, window, window_asked: window, ..ShardView::default() };
+                    (shard, view)
+                })
                 .collect(),
             strays: BTreeMap::new(),
             parked: BTreeSet::new(),
@@ -423,16 +473,18 @@ impl Leader {
             retries: BTreeSet::new(),
             without_stamp: Vec::new(),
             readings: BTreeMap::new(),
+            early: Vec::new(),
             // Numbers of different epochs differ, so that a late answer never fits another leader's question.
             last_request: opened.epoch.0 << 40,
             resent_at: now,
             finished: Vec::new(),
+            settled: Vec::new(),
             ticked: false,
         };
         let mut effects = Effects::default();
         for decision in opened.unfinished {
             let missing = decision.shards.clone();
-            leader.adopt_decision(decision, &missing);
+            leader.adopt_decision(decision, &missing, false);
         }
         for shard in config.placement.all() {
             leader.greet(shard, &mut effects);
@@ -451,14 +503,18 @@ impl Leader {
         self.flights.len()
     }
 
-    /// Whether outcomes wait to ride along.
+    /// Whether outcomes, or commits to be recorded, wait to ride along.
     pub fn has_untold(&self) -> bool {
-        self.shards.values().any(|view| !view.untold.is_empty())
+        !self.settled.is_empty() || self.shards.values().any(|view| !view.untold.is_empty())
     }
 
     /// Whether every shard has answered the greeting and nothing of earlier epochs is undecided.
     pub fn is_recovered(&self) -> bool {
-        self.recovering.is_empty() && self.shards.values().all(|view| view.greeted)
+        self.recovering.is_empty() && self.all_greeted()
+    }
+
+    fn all_greeted(&self) -> bool {
+        self.shards.values().all(|view| view.greeted)
     }
 
     /// Takes one event. Effects pile up in `effects` over as many events as the driver has; [`Leader::seal`] ends the pile.
@@ -490,8 +546,10 @@ impl Leader {
     /// Completes what goes out: the epoch, what rides along, and the marks as they are now.
     pub fn seal(&mut self, effects: &mut Effects) {
         self.tell_outcomes(effects);
-        if self.ticked || !effects.act.is_empty() || self.finished.len() >= FINISHED_WAITING_MAX {
+        let waiting = self.finished.len() + self.settled.len();
+        if self.ticked || !effects.act.is_empty() || waiting >= FINISHED_WAITING_MAX {
             effects.act.finished.append(&mut self.finished);
+            effects.act.settled.append(&mut self.settled);
             self.ticked = false;
         }
         let rests = self.now.0 < self.crowd_told_at.0 + CROWD_TOLD_MS;
@@ -568,7 +626,7 @@ impl Leader {
                 return refuse(effects, Refusal::DifferentContents);
             }
             match &flight.stage {
-                Stage::Telling { decision, .. } => {
+                Stage::Telling { decision, .. } | Stage::Recording { decision } => {
                     effects.replies.push((token, Reply::Decided(decision.clone())));
                 }
                 _ => flight.waiters.push(token),
@@ -593,7 +651,7 @@ impl Leader {
             return refuse(effects, Refusal::FromTheFuture { now: self.now });
         }
         let parts = batch.split(self.config.placement);
-        if !self.has_room(parts.keys()) {
+        if !self.has_room(id, parts.keys()) {
             return refuse(effects, Refusal::Overloaded);
         }
         let wanted = match batch.timeout_ms {
@@ -603,28 +661,24 @@ impl Leader {
         let deadline = Millis(self.now.0 + wanted);
         self.deadlines.insert((deadline, id));
         self.parked.insert(id);
-        let flight = Flight {
-            hash: Some(hash),
-            shards: parts.keys().copied().collect(),
-            waiters: vec![token],
-            stage: Stage::Parked(Pending { parts, deadline }),
-            listed: BTreeMap::new(),
-            tries: Vec::new(),
-            answered: BTreeSet::new(),
-        };
+        let shards = parts.keys().copied().collect();
+        let mut flight = Flight::new(Some(hash), shards, Stage::Parked(Pending { parts, deadline }));
+        flight.waiters.push(token);
         self.flights.insert(id, flight);
         self.start_if_greeted(id, effects);
     }
 
     /// Whether one more batch may come in (promise G9).
-    fn has_room<'a>(&self, mut shards: impl Iterator<Item = &'a ShardId>) -> bool {
+    fn has_room<'a>(&self, id: BatchId, mut shards: impl Iterator<Item = &'a ShardId>) -> bool {
         let Keep { decisions_max, .. } = self.config.keep;
         // Those that can't be forgotten yet, since they are too young or unfinished, are no reason to refuse before there are many.
         let remembered_max =
             decisions_max.saturating_add(decisions_max / 8).saturating_add(self.config.batches_max as u64);
         let silent_max = self.share(self.config.batches_max);
+        let hidden = self.hidden_by(id).is_some_and(|shard| self.is_silent(shard));
         self.flights.len() < self.config.batches_max
             && self.remembered < remembered_max
+            && !(hidden && self.parked.len() >= silent_max)
             && shards
                 .all(|shard| !self.is_silent(*shard) || self.shards[shard].outstanding.len() < silent_max)
     }
@@ -640,12 +694,13 @@ impl Leader {
         asked && self.now.0 >= view.heard_at.0 + SILENT_MS
     }
 
-    /// Rule R12: only when all participants have answered the greeting.
+    /// Rules R12 and R13: only when all participants have answered the greeting, and all shards that may have committed the id before.
     fn start_if_greeted(&mut self, id: BatchId, effects: &mut Effects) {
-        let flight = self.flights.get_mut(&id).expect("a parked batch is in flight");
-        if !flight.shards.iter().all(|shard| self.shards[shard].greeted) {
+        let flight = &self.flights[&id];
+        if !flight.shards.iter().all(|shard| self.shards[shard].greeted) || self.hidden_by(id).is_some() {
             return;
         }
+        let flight = self.flights.get_mut(&id).expect("was just found");
         self.parked.remove(&id);
         let dummy = Stage::Recovering { since: self.now, mixed: false };
         let Stage::Parked(pending) = std::mem::replace(&mut flight.stage, dummy) else {
@@ -654,8 +709,24 @@ impl Leader {
         self.prepare(id, pending, effects);
     }
 
-    /// Sends prepares under a new number, which gives up all earlier ones.
+    /// Sends prepares under a new number, which gives up all earlier ones. A single participant may commit at once, if it is likely to
+    /// answer: while it doesn't, nobody can decide.
     fn prepare(&mut self, id: BatchId, pending: Pending, effects: &mut Effects) {
+        let alone = match *self.flights[&id].shards {
+            [shard] => self.let_alone(shard, id, effects),
+            _ => None,
+        };
+        self.send_prepares(id, pending, alone, false, effects);
+    }
+
+    pub(self) fn send_prepares(
+        &mut self,
+        id: BatchId,
+        pending: Pending,
+        alone: Option<Stamp>,
+        late: bool,
+        effects: &mut Effects,
+    ) {
         self.leave_lines(id);
         self.last_sequence += 1;
         let number = Number { epoch: self.epoch, sequence: self.last_sequence };
@@ -666,7 +737,8 @@ impl Leader {
             view.outstanding.insert(number, (id, self.now));
         }
         flight.tries.push(number);
-        flight.stage = Stage::Preparing { pending, number, votes: BTreeMap::new(), retry_at: None };
+        let votes = BTreeMap::new();
+        flight.stage = Stage::Preparing { pending, number, votes, retry_at: None, alone, late };
         for shard in flight.shards.clone() {
             self.send_prepare(shard, id, effects);
         }
@@ -674,7 +746,7 @@ impl Leader {
 
     fn send_prepare(&self, shard: ShardId, id: BatchId, effects: &mut Effects) {
         let flight = &self.flights[&id];
-        let Stage::Preparing { pending, number, .. } = &flight.stage else { return };
+        let Stage::Preparing { pending, number, alone, late, .. } = &flight.stage else { return };
         let Some(hash) = flight.hash else { return };
         effects.to_shards.entry(shard).or_default().prepares.push(Prepare {
             number: *number,
@@ -682,6 +754,7 @@ impl Leader {
             hash,
             shards: flight.shards.clone(),
             gives_up: flight.tries.iter().copied().filter(|tried| tried != number).collect(),
+            sole: alone.filter(|_| !late),
             operations: pending.parts[&shard].clone(),
         });
     }
@@ -720,8 +793,11 @@ impl Leader {
             effects.step_down = Some(format!("shard {shard} has recorded another epoch than {}", self.epoch));
             return;
         }
+        if let VoteKind::Committed(stamp) = vote.kind {
+            return self.committed(shard, id, vote.number, stamp, effects);
+        }
         let Some(flight) = self.flights.get_mut(&id) else { return };
-        let Stage::Preparing { number, votes, retry_at, pending } = &mut flight.stage else { return };
+        let Stage::Preparing { number, alone, late, .. } = &mut flight.stage else { return };
         flight.answered.insert(shard);
         if vote.number != *number || !flight.shards.contains(&shard) {
             return;
@@ -734,6 +810,20 @@ impl Leader {
                 self.strays.remove(&(shard, *tried));
             }
         }
+        // Whatever it says, it has not committed, and will not by itself.
+        let (alone, late) = (alone.take(), *late);
+        if let Some(stamp) = alone {
+            self.answered_alone(shard, stamp, effects);
+        }
+        if late {
+            let abort = match vote.kind {
+                VoteKind::No(abort) => abort,
+                _ => Abort::because(AbortReason::ParticipantUnavailable),
+            };
+            return self.decide_abort(id, abort, effects);
+        }
+        let flight = self.flights.get_mut(&id).expect("was just found");
+        let Stage::Preparing { number, votes, retry_at, pending, .. } = &mut flight.stage else { return };
         match vote.kind {
             // This try is given up already, perhaps also where it was granted.
             VoteKind::Yes | VoteKind::Waiting if retry_at.is_some() => {}
@@ -764,7 +854,11 @@ impl Leader {
                 self.retries.insert((at, id));
                 self.give_up_try(id, effects);
             }
-            VoteKind::Conflict | VoteKind::Overloaded | VoteKind::Finished | VoteKind::OldEpoch => {}
+            VoteKind::Conflict
+            | VoteKind::Overloaded
+            | VoteKind::Finished
+            | VoteKind::OldEpoch
+            | VoteKind::Committed(_) => {}
             VoteKind::Held => {
                 effects.alarms.push(format!(
                     "shard {shard} holds another part of batch {id}, which it did not list: the batch is aborted"
@@ -800,16 +894,17 @@ impl Leader {
         }
     }
 
-    /// Always safe before a decision exists.
+    /// Always safe before a decision exists, and while no shard may have committed the batch by itself.
     fn decide_abort(&mut self, id: BatchId, abort: Abort, effects: &mut Effects) {
         self.leave_lines(id);
         let flight = self.flights.get_mut(&id).expect("a batch that is decided is in flight");
         let number = match &flight.stage {
-            Stage::Preparing { number, pending, .. } => {
+            Stage::Preparing { number, pending, alone, .. } => {
+                assert!(alone.is_none(), "batch {id} may be committed: its shard has not said");
                 self.deadlines.remove(&(pending.deadline, id));
                 *number
             }
-            Stage::Deciding { .. } | Stage::Telling { .. } => return,
+            Stage::Deciding { .. } | Stage::Recording { .. } | Stage::Telling { .. } => return,
             Stage::Parked(_) => {
                 self.last_sequence += 1;
                 Number { epoch: self.epoch, sequence: self.last_sequence }
@@ -846,7 +941,10 @@ impl Leader {
     }
 
     fn applied(&mut self, acted: Acted, effects: &mut Effects) {
-        let Acted { decisions, ceiling, horizon, history, remembered } = acted;
+        let Acted { decisions, ceiling, horizon, history, remembered, windows } = acted;
+        for (shard, window) in windows {
+            self.view(shard).window = window;
+        }
         self.history = self.history.max(history);
         self.remembered = remembered;
         self.ceiling = self.ceiling.max(ceiling);
@@ -875,8 +973,22 @@ impl Leader {
     fn decided(&mut self, decision: Decision, effects: &mut Effects) {
         let id = decision.id;
         let Some(flight) = self.flights.get_mut(&id) else { return };
-        if let Stage::Telling { .. } = flight.stage {
-            return;
+        let mut finished = false;
+        match &flight.stage {
+            Stage::Telling { .. } => return,
+            Stage::Recording { decision: ours } => {
+                finished = true;
+                if *ours != decision {
+                    effects.alarms.push(format!(
+                        "batch {id} is committed by its shard, but {decision:?} is recorded (rule R13)"
+                    ));
+                    return;
+                }
+            }
+            Stage::Parked(_)
+            | Stage::Preparing { .. }
+            | Stage::Recovering { .. }
+            | Stage::Deciding { .. } => {}
         }
         for token in std::mem::take(&mut flight.waiters) {
             effects.replies.push((token, Reply::Decided(decision.clone())));
@@ -899,12 +1011,13 @@ impl Leader {
         for shard in missing.keys() {
             self.shards.get_mut(shard).expect("participants are known shards").untold.push(id);
         }
-        flight.stage = Stage::Telling { decision, missing };
+        flight.stage = Stage::Telling { decision, missing, finished };
         self.end_if_done(id);
     }
 
     fn send_outcome(&self, shard: ShardId, id: BatchId, effects: &mut Effects) {
-        let Some(Flight { stage: Stage::Telling { decision, missing }, tries, .. }) = self.flights.get(&id)
+        let Some(Flight { stage: Stage::Telling { decision, missing, .. }, tries, .. }) =
+            self.flights.get(&id)
         else {
             return;
         };
@@ -951,10 +1064,11 @@ impl Leader {
     }
 
     fn end_if_done(&mut self, id: BatchId) {
-        if let Some(Flight { stage: Stage::Telling { missing, decision }, .. }) = self.flights.get(&id)
+        if let Some(Flight { stage: Stage::Telling { missing, decision, finished }, .. }) =
+            self.flights.get(&id)
             && missing.is_empty()
         {
-            if !decision.shards.is_empty() {
+            if !decision.shards.is_empty() && !finished {
                 self.finished.push(id);
             }
             self.flights.remove(&id);
@@ -972,7 +1086,7 @@ impl Leader {
     ) {
         if let Some(flight) = self.flights.get_mut(&id) {
             match &flight.stage {
-                Stage::Telling { decision, .. } => {
+                Stage::Telling { decision, .. } | Stage::Recording { decision } => {
                     effects.replies.push((token, Reply::Decided(decision.clone())));
                 }
                 _ if wait => flight.waiters.push(token),
@@ -994,18 +1108,15 @@ impl Leader {
         }
         if id.time().0 > self.now.0 + self.config.future_max_ms {
             effects.replies.push((token, Reply::Refused(Refusal::FromTheFuture { now: self.now })));
+        } else if abort_if_not_seen && self.hidden_by(id).is_some() {
+            // A shard may have committed it by itself (rule R13).
+            effects.replies.push((token, Reply::InProgress));
         } else if abort_if_not_seen && self.flights.len() >= self.config.batches_max {
             effects.replies.push((token, Reply::Refused(Refusal::Overloaded)));
         } else if abort_if_not_seen {
-            let flight = Flight {
-                hash: None,
-                shards: Vec::new(),
-                waiters: vec![token],
-                stage: Stage::Recovering { since: self.now, mixed: false },
-                listed: BTreeMap::new(),
-                tries: Vec::new(),
-                answered: BTreeSet::new(),
-            };
+            let stage = Stage::Recovering { since: self.now, mixed: false };
+            let mut flight = Flight::new(None, Vec::new(), stage);
+            flight.waiters.push(token);
             self.flights.insert(id, flight);
             self.decide_abort(id, Abort::because(AbortReason::Cancelled), effects);
         } else if self.is_recovered() {
@@ -1040,13 +1151,28 @@ impl Leader {
             && deadline <= self.now
         {
             self.deadlines.pop_first();
-            let Some(flight) = self.flights.get_mut(&id) else { continue };
+            let Some(flight) = self.flights.get(&id) else { continue };
             match &flight.stage {
+                // A shard may have committed the id for an earlier leader: there is nothing to be said. Nothing was sent now, so nothing
+                // need be kept.
+                Stage::Parked(_) if self.hidden_by(id).is_some() => {
+                    self.parked.remove(&id);
+                    for token in self.flights.remove(&id).expect("was just found").waiters {
+                        effects.replies.push((token, Reply::InProgress));
+                    }
+                }
                 // A shard that has not answered the greeting may hold a part of it, from an earlier epoch and with all votes in. So
                 // that nothing was sent now is no answer; a recorded abort is one.
                 Stage::Parked(_) => {
                     self.parked.remove(&id);
                     self.decide_abort(id, Abort::because(AbortReason::ParticipantUnavailable), effects);
+                }
+                Stage::Preparing { late: true, .. } => {}
+                // The shard may have committed it. A prepare that doesn't permit that, under a number that gives up the one that did,
+                // asks what has become of it; whatever else the answer is, it can be aborted then.
+                Stage::Preparing { alone: Some(stamp), pending, .. } => {
+                    let (stamp, pending) = (*stamp, pending.clone());
+                    self.send_prepares(id, pending, Some(stamp), true, effects);
                 }
                 Stage::Preparing { .. } => {
                     let silent = flight.shards.iter().any(|shard| !flight.answered.contains(shard));
@@ -1054,7 +1180,10 @@ impl Leader {
                         if silent { AbortReason::ParticipantUnavailable } else { AbortReason::Contention };
                     self.decide_abort(id, Abort::because(reason), effects);
                 }
-                Stage::Recovering { .. } | Stage::Deciding { .. } | Stage::Telling { .. } => {}
+                Stage::Recovering { .. }
+                | Stage::Deciding { .. }
+                | Stage::Recording { .. }
+                | Stage::Telling { .. } => {}
             }
         }
     }
@@ -1101,15 +1230,19 @@ impl Leader {
             return;
         }
         self.horizon_asked_at = self.now;
-        let mut undecided =
-            self.flights.iter().filter(|(_, flight)| !matches!(flight.stage, Stage::Telling { .. }));
-        let oldest = undecided.next().map_or(u64::MAX, |(id, _)| id.time().0.saturating_sub(1));
-        let wanted = Millis(self.now.0.saturating_sub(retention).min(oldest));
+        let wanted = Millis(self.now.0.saturating_sub(retention).min(self.before_undecided()));
         if wanted > self.horizon {
             // From now on: what is taken up before the log has it would be forgotten while it is in flight.
             self.horizon = wanted;
             effects.act.horizon = Some(wanted);
         }
+    }
+
+    /// All ids up to this time that the leader knows of are decided, and recorded.
+    fn before_undecided(&self) -> u64 {
+        let mut undecided =
+            self.flights.iter().filter(|(_, flight)| !matches!(flight.stage, Stage::Telling { .. }));
+        undecided.next().map_or(u64::MAX, |(id, _)| id.time().0.saturating_sub(1))
     }
 
     /// Sends again what was last sent to a shard before `before` and has no answer, in order of the numbers.
@@ -1185,6 +1318,7 @@ mod tests {
             horizon: Millis(0),
             history: Stamp(0),
             remembered: 0,
+            windows: BTreeMap::new(),
             unfinished: Vec::new(),
         };
         let (mut leader, _) = Leader::open(LeaderConfig::new(Placement { shards: 1 }), opened, now);

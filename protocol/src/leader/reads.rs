@@ -4,6 +4,11 @@
 //! it, every one that is decided later a stamp above it. Each shard answers from its rows at that position, after the parts in doubt
 //! on them that have such a stamp are gone; all other parts in doubt lie above the position and don't matter.
 //!
+//! A shard that may commit by itself at a stamp up to the position is asked only after it has answered. So whatever it can still commit
+//! lies above. Before it has answered the greeting it may commit by itself for a deposed leader, at stamps below all that are given now.
+//! Therefore a read gets its position only when all its shards have answered it: or it might see such a batch, and not one that was
+//! answered before that one came.
+//!
 //! That this leader still led when the read came is confirmed meanwhile: a newer one's stamps would be missing.
 
 use std::collections::BTreeMap;
@@ -16,13 +21,22 @@ use crate::{
 
 use super::{Decisions, Effects, Flight, Leader, Refusal, Remembered, Reply, Stage, Token};
 
+/// What is read, not begun yet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Question {
+    token: Token,
+    asked_at: Millis,
+    queries: BTreeMap<ShardId, ShardQuery>,
+    order: Vec<ShardId>,
+}
+
 /// A read that is under way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Reading {
     token: Token,
     position: Stamp,
     confirmed: bool,
-    began: Millis,
+    asked_at: Millis,
     /// What shards still have to answer, and when they were asked last.
     pending: BTreeMap<ShardId, (ShardRead, Millis)>,
     /// What they have answered.
@@ -40,7 +54,7 @@ impl Leader {
             by_shard.entry(*shard).or_default().push(row);
         }
         let queries = by_shard.into_iter().map(|(shard, rows)| (shard, ShardQuery::Rows(rows))).collect();
-        self.begin(token, queries, order, effects);
+        self.ask(Question { token, asked_at: self.now, queries, order }, effects);
     }
 
     pub(super) fn history(
@@ -53,46 +67,76 @@ impl Leader {
     ) {
         let shard = self.config.placement.shard_of(row.partition());
         let query = ShardQuery::History { row, from, limit };
-        self.begin(token, BTreeMap::from([(shard, query)]), vec![shard], effects);
+        let queries = BTreeMap::from([(shard, query)]);
+        self.ask(Question { token, asked_at: self.now, queries, order: vec![shard] }, effects);
     }
 
-    fn begin(
-        &mut self,
-        token: Token,
-        queries: BTreeMap<ShardId, ShardQuery>,
-        order: Vec<ShardId>,
-        effects: &mut Effects,
-    ) {
+    fn ask(&mut self, question: Question, effects: &mut Effects) {
         let silent_max = self.share(self.config.reads_max);
         let crowded = |shard: &ShardId| self.is_silent(*shard) && self.shards[shard].reads >= silent_max;
-        if self.readings.len() >= self.config.reads_max || queries.keys().any(crowded) {
-            effects.replies.push((token, Reply::Refused(Refusal::Overloaded)));
+        if self.readings.len() + self.early.len() >= self.config.reads_max
+            || question.queries.keys().any(crowded)
+        {
+            effects.replies.push((question.token, Reply::Refused(Refusal::Overloaded)));
             return;
         }
+        for shard in question.queries.keys() {
+            let now = self.now;
+            let view = self.view(*shard);
+            view.ask(now);
+            view.reads += 1;
+        }
+        if self.can_begin(&question) { self.begin(question, effects) } else { self.early.push(question) }
+    }
+
+    fn can_begin(&self, question: &Question) -> bool {
+        question.queries.keys().all(|shard| self.shards[shard].greeted)
+    }
+
+    /// Begins the reads whose shards have all answered the greeting.
+    pub(super) fn begin_early(&mut self, effects: &mut Effects) {
+        for question in std::mem::take(&mut self.early) {
+            if self.can_begin(&question) { self.begin(question, effects) } else { self.early.push(question) }
+        }
+    }
+
+    fn begin(&mut self, question: Question, effects: &mut Effects) {
+        let Question { token, asked_at, queries, order } = question;
         let position = self.last_stamp;
         self.last_request += 1;
         let request = self.last_request;
         let mut pending = BTreeMap::new();
         for (shard, query) in queries {
             let read = ShardRead { position, known: false, wait_for: Vec::new(), query };
-            effects.reads.push((shard, request, read.clone()));
-            pending.insert(shard, (read, self.now));
             let now = self.now;
             let view = self.view(shard);
-            view.ask(now);
-            view.reads += 1;
+            // All stamps that were given lie at or below the position.
+            if view.alone.is_empty() {
+                effects.reads.push((shard, request, read.clone()));
+            } else {
+                view.reads_held.insert(request);
+            }
+            pending.insert(shard, (read, now));
         }
-        let reading = Reading {
-            token,
-            position,
-            confirmed: false,
-            began: self.now,
-            pending,
-            answers: BTreeMap::new(),
-            order,
-        };
+        let reading =
+            Reading { token, position, confirmed: false, asked_at, pending, answers: BTreeMap::new(), order };
         self.readings.insert(request, reading);
         effects.confirm = Some(request);
+    }
+
+    /// Asks a shard what has waited until it said what it has committed.
+    pub(super) fn release_reads(&mut self, shard: ShardId, effects: &mut Effects) {
+        let view = self.shards.get_mut(&shard).expect("the shard was checked on arrival");
+        while let Some(request) = view.reads_held.first().copied() {
+            let reading = self.readings.get_mut(&request).expect("a read that is held is under way");
+            if view.alone.first().is_some_and(|stamp| *stamp <= reading.position) {
+                return;
+            }
+            view.reads_held.remove(&request);
+            let (read, sent) = reading.pending.get_mut(&shard).expect("was not asked yet");
+            *sent = self.now;
+            effects.reads.push((shard, request, read.clone()));
+        }
     }
 
     /// Leadership was confirmed after all reads up to `asked` had come.
@@ -148,9 +192,9 @@ impl Leader {
             Some(Flight { stage: Stage::Deciding { stamp, .. }, .. }) => {
                 stamp.is_some_and(|stamp| stamp <= position)
             }
-            Some(Flight { stage: Stage::Telling { decision, .. }, .. }) => {
-                decision.result.as_ref().is_ok_and(|stamp| *stamp <= position)
-            }
+            Some(Flight {
+                stage: Stage::Telling { decision, .. } | Stage::Recording { decision }, ..
+            }) => decision.result.as_ref().is_ok_and(|stamp| *stamp <= position),
             Some(Flight {
                 stage: Stage::Parked(_) | Stage::Preparing { .. } | Stage::Recovering { .. },
                 ..
@@ -211,13 +255,27 @@ impl Leader {
     /// Gives up reads that take too long.
     pub(super) fn end_readings(&mut self, effects: &mut Effects) {
         let oldest = self.now.0.saturating_sub(self.config.read_timeout_ms);
+        let late = self.early.partition_point(|question| question.asked_at.0 < oldest);
+        for question in self.early.drain(..late).collect::<Vec<_>>() {
+            let mut shards = Vec::new();
+            for shard in question.queries.into_keys() {
+                let view = self.view(shard);
+                view.reads -= 1;
+                if !view.greeted {
+                    shards.push(shard);
+                }
+            }
+            effects.replies.push((question.token, Reply::Refused(Refusal::Unavailable { shards })));
+        }
         while let Some(entry) = self.readings.first_entry()
-            && entry.get().began.0 < oldest
+            && entry.get().asked_at.0 < oldest
         {
-            let reading = entry.remove();
+            let (request, reading) = entry.remove_entry();
             let shards: Vec<ShardId> = reading.pending.into_keys().collect();
             for shard in &shards {
-                self.shards.get_mut(shard).expect("it was asked").reads -= 1;
+                let view = self.shards.get_mut(shard).expect("it was asked");
+                view.reads -= 1;
+                view.reads_held.remove(&request);
             }
             effects.replies.push((reading.token, Reply::Refused(Refusal::Unavailable { shards })));
         }
@@ -231,9 +289,11 @@ impl Leader {
 
     /// Asks a shard again.
     pub(super) fn resend_reads(&mut self, shard: ShardId, before: Millis, effects: &mut Effects) {
+        let held = &self.shards[&shard].reads_held;
         for (request, reading) in &mut self.readings {
             if let Some((read, sent)) = reading.pending.get_mut(&shard)
                 && *sent <= before
+                && !held.contains(request)
             {
                 effects.reads.push((shard, *request, read.clone()));
                 *sent = self.now;

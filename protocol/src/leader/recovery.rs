@@ -2,9 +2,10 @@
 //!
 //! A shard's answer to the greeting lists all that it holds, and nothing of an older epoch takes any of it away afterwards. So what a
 //! greeted shard did not list it will never vote YES for in an older epoch, and what all participants list as YES under one number
-//! can be committed: nothing that was ready to commit is lost with its leader.
+//! can be committed: nothing that was ready to commit is lost with its leader. What it listed as committed is so, and is recorded as
+//! such; what it was asked to commit by itself and did not list, it never will.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::{
     ids::{BatchId, Millis, Number, ShardId},
@@ -21,7 +22,7 @@ impl Leader {
     }
 
     /// A decision that these participants have not confirmed, or not to this leader.
-    pub(super) fn adopt_decision(&mut self, decision: Decision, missing: &[ShardId]) {
+    pub(super) fn adopt_decision(&mut self, decision: Decision, missing: &[ShardId], finished: bool) {
         let id = decision.id;
         let missing: BTreeMap<ShardId, Number> =
             missing.iter().map(|shard| (*shard, decision.number)).collect();
@@ -29,16 +30,8 @@ impl Leader {
             // Sent once the shard has answered the greeting.
             self.view(*shard).outstanding.insert(*number, (id, Millis(0)));
         }
-        let flight = Flight {
-            hash: decision.hash,
-            shards: decision.shards.clone(),
-            waiters: Vec::new(),
-            stage: Stage::Telling { decision, missing },
-            listed: BTreeMap::new(),
-            tries: Vec::new(),
-            answered: BTreeSet::new(),
-        };
-        self.flights.insert(id, flight);
+        let (hash, shards) = (decision.hash, decision.shards.clone());
+        self.flights.insert(id, Flight::new(hash, shards, Stage::Telling { decision, missing, finished }));
     }
 
     pub(super) fn greeted(
@@ -61,6 +54,9 @@ impl Leader {
         for part in greeting.parts {
             self.adopt(shard, part, decisions, effects);
         }
+        if self.all_greeted() {
+            self.ask_for_windows(effects);
+        }
         let recovering: Vec<BatchId> = self.recovering.iter().copied().collect();
         for id in recovering {
             self.try_to_recover(id, effects);
@@ -70,6 +66,7 @@ impl Leader {
             self.start_if_greeted(id, effects);
         }
         self.resend(shard, Millis(0), effects);
+        self.begin_early(effects);
     }
 
     /// A shard asks about a part that it has held for long. If the question is late, the part may have ended since; what is too
@@ -100,11 +97,15 @@ impl Leader {
         }
         let now = self.now;
         self.view(shard).outstanding.insert(number, (id, Millis(0)));
+        if let VoteKind::Committed(stamp) = vote {
+            let decision = Decision { id, hash: Some(hash), shards, number, result: Ok(stamp) };
+            return self.adopt_commit(shard, decision, decisions, effects);
+        }
         if !self.flights.contains_key(&id) {
             match decisions.remembered(id) {
                 Remembered::Decided(decision) if decision.result.is_ok() && decision.hash == Some(hash) => {
                     // The shard has confirmed it between the greeting and now; its own word ends it once more.
-                    return self.adopt_decision(decision, &[shard]);
+                    return self.adopt_decision(decision, &[shard], false);
                 }
                 // Behind the horizon there is no decision any more, and never will be one to commit. If it was committed, the shard
                 // has confirmed it since it made this list, and an abort changes nothing.
@@ -114,15 +115,9 @@ impl Leader {
                 Remembered::Nothing => {}
             }
             self.recovering.insert(id);
-            let flight = Flight {
-                hash: Some(hash),
-                shards,
-                waiters: Vec::new(),
-                stage: Stage::Recovering { since: now, mixed: false },
-                listed: BTreeMap::from([(shard, (number, vote == VoteKind::Yes))]),
-                tries: Vec::new(),
-                answered: BTreeSet::new(),
-            };
+            let stage = Stage::Recovering { since: now, mixed: false };
+            let mut flight = Flight::new(Some(hash), shards, stage);
+            flight.listed.insert(shard, (number, vote == VoteKind::Yes));
             self.flights.insert(id, flight);
             return;
         }
@@ -150,7 +145,7 @@ impl Leader {
             Stage::Deciding { commit: false, .. } if same => {
                 flight.listed.insert(shard, (number, vote == VoteKind::Yes));
             }
-            Stage::Telling { decision, missing } if same => match decision.result {
+            Stage::Telling { decision, missing, .. } if same => match decision.result {
                 Ok(_) if number == decision.number => {
                     missing.insert(shard, number);
                 }
@@ -166,13 +161,21 @@ impl Leader {
                     }
                 }
             },
-            Stage::Preparing { .. } | Stage::Deciding { .. } | Stage::Telling { .. } if same => {
+            Stage::Preparing { .. }
+            | Stage::Deciding { .. }
+            | Stage::Recording { .. }
+            | Stage::Telling { .. }
+                if same =>
+            {
                 effects.alarms.push(format!(
                     "shard {shard} lists batch {id} under {number}, though it was taken up without it (rule R12)"
                 ));
             }
             // Other contents under the same id, which can never commit any more.
-            Stage::Preparing { .. } | Stage::Deciding { .. } | Stage::Telling { .. } => {
+            Stage::Preparing { .. }
+            | Stage::Deciding { .. }
+            | Stage::Recording { .. }
+            | Stage::Telling { .. } => {
                 self.stray(shard, number, id, effects);
             }
         }

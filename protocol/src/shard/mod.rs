@@ -9,6 +9,11 @@
 //! - A prepare at or below the mark, with a finished number, or of another epoch than the recorded one, changes nothing (R4, R11).
 //! - The answer to a repeated prepare is the same, YES and NO alike, until its outcome.
 //! - Effects of a commit and the end of its part are one atomic step (R5).
+//! - A part that was committed on this shard's own word is kept, without rows, until its coordinator has recorded that; nothing else
+//!   takes it away, and every later prepare of its batch is answered with it.
+//! - The shard commits on its own word in the order of stamps only: above the stamp of everything that it has carried out, and under a
+//!   higher number than those it has refused.
+//! - A prepare that might have been committed so, and was refused, is finished: none of its copies commits later.
 //! - Versions that no read at or above the history mark needs are dropped, by a sweep that does a bounded piece of work with each
 //!   entry; a read below the mark is refused, whether they are gone or not.
 //!
@@ -45,6 +50,7 @@ const PEER_TABLE: u8 = 0x13;
 const FINISHED_TABLE: u8 = 0x14;
 const CONFIG_TABLE: u8 = 0x15;
 const SWEEP_TABLE: u8 = 0x16;
+const NEWEST_TABLE: u8 = 0x17;
 
 /// A sweep goes on with each entry whose index this divides, and with each that adds many versions itself: to begin costs as much as to
 /// look at some dozens.
@@ -109,6 +115,9 @@ struct Peer {
     mark: Number,
     /// It will not read at a position below.
     history: Stamp,
+    /// The highest number that was answered NO. That answer counts on the order of stamps: what was sent before with a lower stamp, and
+    /// comes later, must not be committed at it any more.
+    refused: Number,
     /// Finished numbers above the mark.
     finished: BTreeSet<Number>,
 }
@@ -119,7 +128,7 @@ impl Peer {
     }
 
     fn save(&self, store: &mut dyn Store, coordinator: GroupId) -> Result<(), StoreError> {
-        store.put(&peer_key(coordinator), &encode(&(self.epoch, self.mark, self.history)))
+        store.put(&peer_key(coordinator), &encode(&(self.epoch, self.mark, self.history, self.refused)))
     }
 
     /// Whether anything of it is stored.
@@ -145,6 +154,8 @@ enum Stand {
     Waiting,
     Yes,
     No(crate::messages::Abort),
+    /// Carried out on this shard's own word; its coordinator is still to record that.
+    Committed(Stamp),
 }
 
 /// A part as it is stored (rule R8).
@@ -164,7 +175,12 @@ impl Held {
             Stand::Waiting => VoteKind::Waiting,
             Stand::Yes => VoteKind::Yes,
             Stand::No(abort) => VoteKind::No(abort.clone()),
+            Stand::Committed(stamp) => VoteKind::Committed(*stamp),
         }
+    }
+
+    fn is_committed(&self) -> bool {
+        matches!(self.stand, Stand::Committed(_))
     }
 }
 
@@ -188,6 +204,8 @@ pub struct ShardCounts {
     pub waiting: u32,
     /// Rows that are held.
     pub held_rows: u32,
+    /// Parts that are committed on this shard's own word, which is still to be recorded.
+    pub settled: u32,
     /// When the oldest part in doubt was proposed.
     pub oldest: Option<Millis>,
 }
@@ -203,6 +221,8 @@ pub struct Shard {
     /// Rows that somebody holds or waits for.
     locks: PointMap<RowKey, RowLock>,
     sweep: Sweep,
+    /// The greatest stamp of all that was carried out here.
+    newest: Stamp,
     /// Versions that the present entry has added.
     written: usize,
 }
@@ -222,8 +242,12 @@ impl Machine for Shard {
             tickets: BTreeMap::new(),
             locks: PointMap::default(),
             sweep: Sweep::default(),
+            newest: Stamp(0),
             written: 0,
         };
+        if let Some(bytes) = store.get(&[NEWEST_TABLE])? {
+            shard.newest = decode("newest stamp", &bytes)?;
+        }
         if let Some(bytes) = store.get(&[SWEEP_TABLE])? {
             shard.sweep = decode("sweep", &bytes)?;
         }
@@ -236,8 +260,12 @@ impl Machine for Shard {
         let entry: ShardEntry = decode("shard entry", command)?;
         let mut reply = ShardReply::default();
         let proposed = Proposed { now: entry.now, parts_max: entry.parts_max as usize };
+        let newest = self.newest;
         for message in entry.messages {
             self.take(store, proposed, message, &mut reply)?;
+        }
+        if self.newest > newest {
+            store.put(&[NEWEST_TABLE], &encode(&self.newest))?;
         }
         match swept_with(index, std::mem::take(&mut self.written)) {
             0 => {}
@@ -266,6 +294,7 @@ impl Shard {
                 }
                 Stand::Waiting => counts.waiting += 1,
                 Stand::No(_) => {}
+                Stand::Committed(_) => counts.settled += 1,
             }
         }
         counts.held_rows = self.locks.count(RowLock::is_held) as u32;
@@ -310,7 +339,8 @@ impl Shard {
         coordinator: GroupId,
         read: &ShardRead,
     ) -> Result<Option<ShardReadAnswer>, StoreError> {
-        if read.wait_for.iter().any(|id| self.parts.contains(&(coordinator, *id))) {
+        let undecided = |id| self.parts.get(&(coordinator, id)).is_some_and(|held| !held.is_committed());
+        if read.wait_for.iter().any(|id| undecided(*id)) {
             return Ok(None);
         }
         let history = self.history();
@@ -403,9 +433,18 @@ impl Shard {
         // Once for all outcomes of the message: a long line is looked at as a whole.
         self.let_in(store, behind, reply)?;
         for prepare in message.prepares {
-            let (id, number) = (prepare.id, prepare.number);
-            let kind = self.prepare(store, proposed, coordinator, prepare, reply)?;
-            reply.to(coordinator).votes.push(Vote { id, number, kind });
+            let (id, number, sole) = (prepare.id, prepare.number, prepare.sole.is_some());
+            let vote = self.prepare(store, proposed, coordinator, prepare, reply)?;
+            // A refusal leaves no part behind, so a copy of this prepare could still be granted. Whoever was told that it is not
+            // committed must be able to rely on that.
+            let is_held = matches!(
+                vote.kind,
+                VoteKind::Yes | VoteKind::No(_) | VoteKind::Waiting | VoteKind::Committed(_)
+            );
+            if sole && !is_held && vote.kind != VoteKind::OldEpoch {
+                self.forget(store, coordinator, number)?;
+            }
+            reply.to(coordinator).votes.push(Vote { id, number: vote.number, kind: vote.kind });
         }
         Ok(())
     }
@@ -466,37 +505,47 @@ impl Shard {
         coordinator: GroupId,
         prepare: Prepare,
         reply: &mut ShardReply,
-    ) -> Result<VoteKind, StoreError> {
-        let number = prepare.number;
+    ) -> Result<Answered, StoreError> {
+        let (number, id) = (prepare.number, prepare.id);
+        let answer = |kind| Ok(Answered { number, kind });
         let peer = self.peers.entry(coordinator).or_default();
         if number.epoch != peer.epoch {
-            return Ok(VoteKind::OldEpoch);
+            return answer(VoteKind::OldEpoch);
         }
         if peer.is_finished(number) {
-            return Ok(VoteKind::Finished);
+            return answer(VoteKind::Finished);
         }
-        if let Some(held) = self.parts.get(&(coordinator, prepare.id)) {
-            if held.number == number {
-                return Ok(held.vote());
-            }
-            if held.number.epoch != number.epoch || held.hash != prepare.hash {
-                return Ok(VoteKind::Held);
-            }
-            if held.number > number {
-                return Ok(VoteKind::Finished);
-            }
-            // The coordinator has given up the earlier try; votes count only under one number.
-            let mut behind = Behind::default();
-            self.remove(store, coordinator, prepare.id, &mut behind)?;
-            self.let_in(store, behind, reply)?;
+        let held = self.parts.get(&(coordinator, id));
+        if let Some(held) = held
+            && held.is_committed()
+            && held.hash == prepare.hash
+        {
+            // It has happened, whichever number is asked about.
+            return Ok(Answered { number: held.number, kind: held.vote() });
         }
+        let held = held.map(|held| (held.number, held.hash, held.vote()));
         for given_up in prepare.gives_up {
             self.forget(store, coordinator, given_up)?;
         }
-        if self.parts.len() >= proposed.parts_max {
-            return Ok(VoteKind::Overloaded);
+        if let Some((held, hash, vote)) = held {
+            if held == number {
+                return answer(vote);
+            }
+            if held.epoch != number.epoch || hash != prepare.hash {
+                return answer(VoteKind::Held);
+            }
+            if held > number {
+                return answer(VoteKind::Finished);
+            }
+            // The coordinator has given up the earlier try; votes count only under one number.
+            let mut behind = Behind::default();
+            self.remove(store, coordinator, id, &mut behind)?;
+            self.let_in(store, behind, reply)?;
         }
-        let held = Held {
+        if self.parts.len() >= proposed.parts_max {
+            return answer(VoteKind::Overloaded);
+        }
+        let mut held = Held {
             number,
             hash: prepare.hash,
             shards: prepare.shards,
@@ -506,20 +555,32 @@ impl Shard {
         };
         let rows = evaluate::by_row(&held.operations);
         let ticket = Ticket { number, coordinator };
-        let stand = match self.judge(store, ticket, &rows)? {
-            Verdict::Conflict => return Ok(VoteKind::Conflict),
-            Verdict::Waits => Stand::Waiting,
-            Verdict::Yes => Stand::Yes,
-            Verdict::No(abort) => Stand::No(abort),
+        let refused = self.peers[&coordinator].refused;
+        let sole = prepare.sole.filter(|_| held.shards == [self.config.shard] && number > refused);
+        let stand = match (self.judge(store, ticket, &rows)?, sole) {
+            (Verdict::Conflict, _) => return answer(VoteKind::Conflict),
+            (Verdict::Waits, _) => Stand::Waiting,
+            // Above all that was done here: the order of stamps is the order of the effects, of conditions and floors too.
+            (Verdict::Yes, Some(stamp)) if stamp > self.newest => Stand::Committed(stamp),
+            (Verdict::Yes, _) => Stand::Yes,
+            (Verdict::No(abort), _) => Stand::No(abort),
         };
         self.stand_in_line(ticket, &rows, &stand);
         drop(rows);
-        let held = Held { stand, ..held };
+        if let Stand::Committed(stamp) = stand {
+            // The commit point. What is left is to remember it until the coordinators do.
+            let operations = std::mem::take(&mut held.operations);
+            self.carry_out(store, id, stamp, &operations)?;
+        }
+        if let Stand::No(_) = stand {
+            self.note_refusal(store, ticket)?;
+        }
+        held.stand = stand;
         let vote = held.vote();
-        store.put_new(&part_key(coordinator, prepare.id), &encode(&held))?;
-        self.tickets.insert(ticket, prepare.id);
-        self.parts.insert((coordinator, prepare.id), Box::new(held));
-        Ok(vote)
+        store.put_new(&part_key(coordinator, id), &encode(&held))?;
+        self.tickets.insert(ticket, id);
+        self.parts.insert((coordinator, id), Box::new(held));
+        answer(vote)
     }
 
     fn finish(
@@ -542,6 +603,16 @@ impl Shard {
                 self.carry_out(store, id, stamp, &operations)?;
                 let held = self.parts.get_mut(&(coordinator, id)).expect("carrying out removes no part");
                 held.operations = operations;
+            }
+            // Carried out before. Now that it is recorded it needs no memory here.
+            (Some(stamp), Some(held)) if held.number == number && held.stand == Stand::Committed(stamp) => {}
+            // What has happened can't be decided otherwise.
+            (_, Some(held)) if ends && held.is_committed() => {
+                alarms.push(format!(
+                    "batch {id} is told to end with {commit:?} under {number}, but this shard has committed it: {:?}",
+                    held.stand
+                ));
+                return Ok(Done { id, number, lost: true });
             }
             // No part, or one that can't have been counted on: fine if this outcome has been here before.
             (Some(_), _) => lost = !known,
@@ -571,6 +642,7 @@ impl Shard {
         operations: &Part,
     ) -> Result<(), StoreError> {
         let history = self.history();
+        self.newest = self.newest.max(stamp);
         for Use { row, operations, claim } in evaluate::by_row(operations) {
             if !claim.writes {
                 continue;
@@ -621,7 +693,7 @@ impl Shard {
             match stand {
                 Stand::Yes => self.locks.entry((*row).clone()).or_default().hold(ticket, *claim),
                 Stand::Waiting => self.locks.entry((*row).clone()).or_default().wait(ticket, *claim),
-                Stand::No(_) => {}
+                Stand::No(_) | Stand::Committed(_) => {}
             }
         }
     }
@@ -698,6 +770,9 @@ impl Shard {
             return store.delete(&part_key(ticket.coordinator, id));
         };
         self.stand_in_line(ticket, &evaluate::by_row(&held.operations), &stand);
+        if let Stand::No(_) = stand {
+            self.note_refusal(store, ticket)?;
+        }
         held.stand = stand;
         reply.to(ticket.coordinator).votes.push(Vote { id, number, kind: held.vote() });
         store.put(&part_key(ticket.coordinator, id), &encode(&held))?;
@@ -722,6 +797,15 @@ impl Shard {
         store.put(&[SWEEP_TABLE], &encode(&self.sweep))
     }
 
+    fn note_refusal(&mut self, store: &mut dyn Store, ticket: Ticket) -> Result<(), StoreError> {
+        let peer = self.peers.entry(ticket.coordinator).or_default();
+        if ticket.number <= peer.refused {
+            return Ok(());
+        }
+        peer.refused = ticket.number;
+        peer.save(store, ticket.coordinator)
+    }
+
     /// Notes a number as finished: whatever comes with it is refused.
     fn forget(
         &mut self,
@@ -739,10 +823,10 @@ impl Shard {
     fn load_peers(&mut self, store: &dyn Store) -> Result<(), StoreError> {
         let mut failed = None;
         store.scan(&[PEER_TABLE], &[PEER_TABLE + 1], &mut |key, bytes| {
-            match decode::<(Epoch, Number, Stamp)>("peer", bytes) {
+            match decode::<(Epoch, Number, Stamp, Number)>("peer", bytes) {
                 Err(error) => failed = Some(error),
-                Ok((epoch, mark, history)) => {
-                    let peer = Peer { epoch, mark, history, finished: BTreeSet::new() };
+                Ok((epoch, mark, history, refused)) => {
+                    let peer = Peer { epoch, mark, history, refused, finished: BTreeSet::new() };
                     self.peers.insert(group_of(key), peer);
                 }
             }
@@ -775,6 +859,12 @@ impl Shard {
         })?;
         failed.map_or(Ok(()), Err)
     }
+}
+
+/// The answer to a prepare: that of another number, if the batch is committed under that one.
+struct Answered {
+    number: Number,
+    kind: VoteKind,
 }
 
 /// What the proposer of an entry told with it.

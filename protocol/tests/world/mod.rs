@@ -6,11 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use verdict_protocol::{
     batch::{Batch, Placement, RowKey},
-    coordinator::{Act, Acted, Coordinator, CoordinatorEntry, CoordinatorReply, Opened},
-    ids::{BatchId, GroupId, Millis, NodeId, ShardId, Stamp},
+    coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply, Opened},
+    ids::{BatchId, ContentHash, GroupId, Millis, NodeId, ShardId, Stamp},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::{self, Machine},
-    messages::{AbortReason, Decision, FromShard, RowAt, ShardQuery, ShardRead, ShardReadAnswer, ToShard},
+    messages::{
+        AbortReason, Decision, FromShard, RowAt, ShardQuery, ShardRead, ShardReadAnswer, ToShard, VoteKind,
+    },
     plain,
     shard::{Shard, ShardConfig, ShardEntry, ShardReply},
     store::MemoryStore,
@@ -127,9 +129,10 @@ pub struct World {
     waiting: Vec<Packet>,
     pub replies: Vec<(Token, Reply)>,
     pub alarms: Vec<String>,
-    pub submitted: BTreeMap<BatchId, Batch>,
+    /// By hash too: an id may be used again, by mistake, for other contents.
+    submitted: BTreeMap<(BatchId, ContentHash), Batch>,
     /// The greatest stamp that was answered before the first submission of a batch.
-    submitted_after: BTreeMap<BatchId, Stamp>,
+    submitted_after: BTreeMap<(BatchId, ContentHash), Stamp>,
     pub tokens: BTreeMap<Token, BatchId>,
     next_token: u64,
     /// What had been told when a read began: its position must not lie below.
@@ -137,6 +140,14 @@ pub struct World {
     /// All that was ever decided, in order, though the coordinators may have forgotten it.
     pub recorded: Vec<Decision>,
     places: BTreeMap<BatchId, usize>,
+}
+
+/// What was committed, in the order of stamps.
+fn in_order(decisions: &[Decision]) -> Vec<(Stamp, &Decision)> {
+    let committed = decisions.iter().filter_map(|decision| Some((*decision.result.as_ref().ok()?, decision)));
+    let mut committed: Vec<(Stamp, &Decision)> = committed.collect();
+    committed.sort_unstable_by_key(|(stamp, _)| *stamp);
+    committed
 }
 
 pub const START: Millis = Millis(1_700_000_000_000);
@@ -208,15 +219,31 @@ impl World {
             for act in running.acts.into_iter().take(committed) {
                 let entry = machine::encode(&CoordinatorEntry::Act(act));
                 if let CoordinatorReply::Acted(acted) = self.coordinator.commit(entry) {
-                    self.note_decisions(&acted);
+                    self.note_decisions(&acted.decisions);
                 }
             }
         }
     }
 
+    /// What a shard commits on its own word is decided in that moment, wherever and whenever it is recorded.
+    fn note_commits(&mut self, shard: ShardId, message: &ToShard, answer: &FromShard) {
+        let commits = answer.votes.iter().filter_map(|vote| match vote.kind {
+            VoteKind::Committed(stamp) => Some((vote.id, vote.number, stamp)),
+            _ => None,
+        });
+        let decisions = commits.filter_map(|(id, number, stamp)| {
+            let prepare = message.prepares.iter().find(|prepare| prepare.number == number)?;
+            let (hash, shards) = (Some(prepare.hash), prepare.shards.clone());
+            assert_eq!(shards, [shard], "a batch is committed by one of several participants");
+            Some(Decision { id, hash, shards, number, result: Ok(stamp) })
+        });
+        let decisions: Vec<Decision> = decisions.collect();
+        self.note_decisions(&decisions);
+    }
+
     /// Promise G2: a decision never changes, whether it is remembered or not.
-    fn note_decisions(&mut self, acted: &Acted) {
-        for decision in &acted.decisions {
+    fn note_decisions(&mut self, decisions: &[Decision]) {
+        for decision in decisions {
             let place = self.places.get(&decision.id).copied();
             match place {
                 None => {
@@ -264,7 +291,7 @@ impl World {
         let act = self.leaders[place].acts.remove(0);
         match self.coordinator.commit(machine::encode(&CoordinatorEntry::Act(act))) {
             CoordinatorReply::Acted(acted) => {
-                self.note_decisions(&acted);
+                self.note_decisions(&acted.decisions);
                 self.step(place, Event::Applied(acted));
             }
             CoordinatorReply::OldEpoch { .. } => {
@@ -302,6 +329,7 @@ impl World {
                 self.alarms.extend(alarms);
                 for (coordinator, message) in messages {
                     assert_eq!(coordinator, GroupId::COORDINATOR);
+                    self.note_commits(shard, &entry.messages[0], &message);
                     self.packets.push(Packet::FromShard(shard, message));
                 }
             }
@@ -338,13 +366,18 @@ impl World {
         let place = self.leaders.len().checked_sub(1)?;
         self.next_token += 1;
         let token = Token(self.next_token);
-        self.submitted.entry(batch.id).or_insert_with(|| batch.clone());
-        let told = self.newest_told();
-        self.submitted_after.entry(batch.id).or_insert(told);
-        self.tokens.insert(token, batch.id);
         let hash = batch.hash();
+        self.submitted.entry((batch.id, hash)).or_insert_with(|| batch.clone());
+        let told = self.newest_told();
+        self.submitted_after.entry((batch.id, hash)).or_insert(told);
+        self.tokens.insert(token, batch.id);
         self.step(place, Event::Submit { token, batch, hash });
         Some(token)
+    }
+
+    /// What was decided.
+    pub fn contents(&self, decision: &Decision) -> &Batch {
+        &self.submitted[&(decision.id, decision.hash.expect("who seals an id doesn't know its contents"))]
     }
 
     pub fn query(&mut self, id: BatchId, abort_if_not_seen: bool) -> Token {
@@ -477,8 +510,8 @@ impl World {
             group.check_replicas();
             let counts = group.leading().machine.counts();
             assert_eq!(
-                (counts.in_doubt, counts.waiting, counts.held_rows),
-                (0, 0, 0),
+                (counts.in_doubt, counts.waiting, counts.settled, counts.held_rows),
+                (0, 0, 0, 0),
                 "shard {shard} holds something at rest"
             );
             for place in 0..group.replicas.len() {
@@ -505,23 +538,19 @@ impl World {
             else {
                 continue;
             };
-            let from = self.submitted_after[&decision.id];
-            let mut committed: Vec<(Stamp, BatchId)> = decisions[..place]
-                .iter()
-                .filter_map(|other| Some((*other.result.as_ref().ok()?, other.id)))
-                .collect();
-            committed.sort_unstable();
+            let from = self.submitted_after[&(decision.id, decision.hash.expect("it was judged"))];
+            let committed = in_order(&decisions[..place]);
             let mut model: BTreeMap<RowKey, RowAt> = BTreeMap::new();
             let fails = |model: &BTreeMap<RowKey, RowAt>| {
                 let mut model = model.clone();
-                self.submitted[&decision.id].operations.iter().any(|operation| {
+                self.contents(decision).operations.iter().any(|operation| {
                     let row = model.entry(operation.row.clone()).or_default();
                     plain::run(row, Stamp(u64::MAX), &operation.kind).is_err()
                 })
             };
             let mut is_true = from == Stamp(0) && fails(&model);
-            for (stamp, id) in committed {
-                for operation in &self.submitted[&id].operations {
+            for (stamp, decision) in committed {
+                for operation in &self.contents(decision).operations {
                     let row = model.entry(operation.row.clone()).or_default();
                     plain::run(row, stamp, &operation.kind).expect("was checked before");
                 }
@@ -548,18 +577,15 @@ impl World {
     /// Promises G1, G3, G5, G7: run one by one in the order of their stamps, by a model that knows no shards, all committed batches
     /// meet their conditions, and end in the state that the shards hold.
     fn check_order(&self, decisions: &[Decision]) {
-        let mut committed: Vec<(Stamp, BatchId)> = decisions
-            .iter()
-            .filter_map(|decision| Some((*decision.result.as_ref().ok()?, decision.id)))
-            .collect();
-        committed.sort_unstable();
+        let committed = in_order(decisions);
         assert!(committed.windows(2).all(|pair| pair[0].0 < pair[1].0), "a stamp was given twice");
         let mut model: BTreeMap<RowKey, RowAt> = BTreeMap::new();
-        for (stamp, id) in committed {
-            for operation in &self.submitted[&id].operations {
+        for (stamp, decision) in committed {
+            for operation in &self.contents(decision).operations {
                 let row = model.entry(operation.row.clone()).or_default();
-                plain::run(row, stamp, &operation.kind)
-                    .unwrap_or_else(|why| panic!("batch {id} at {stamp} on {:?}: {why}", operation.row));
+                plain::run(row, stamp, &operation.kind).unwrap_or_else(|why| {
+                    panic!("batch {} at {stamp} on {:?}: {why}", decision.id, operation.row)
+                });
             }
         }
         for (row, expected) in &model {

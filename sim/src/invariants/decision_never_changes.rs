@@ -10,7 +10,7 @@ use verdict_protocol::{
 };
 
 use super::{Finding, Invariant, Rest};
-use crate::witness::{Facts, Seen};
+use crate::witness::{Facts, Seen, committed};
 
 /// One decision for each id.
 #[derive(Debug, Default)]
@@ -46,6 +46,10 @@ impl Invariant for DecisionNeverChanges {
         match seen {
             Seen::Coordinator { reply: CoordinatorReply::Acted(Acted { decisions, .. }), .. } => {
                 decisions.iter().try_for_each(|decision| same(facts, decision, "recorded"))
+            }
+            Seen::Shard { shard, entry, reply, .. } => {
+                let committed = committed(*shard, entry, reply);
+                committed.iter().try_for_each(|decision| same(facts, decision, "committed by its shard"))
             }
             Seen::CoordinatorOpened { node, machine, store } => remembers(facts, *node, machine, store),
             _ => Ok(()),

@@ -27,7 +27,7 @@ impl Invariant for NoLockLeaked {
         for node in rest.nodes.values() {
             for (shard, (host, _)) in &node.shards {
                 let counts = host.machine.counts();
-                if counts.in_doubt + counts.waiting + counts.held_rows > 0 {
+                if counts.in_doubt + counts.waiting + counts.settled + counts.held_rows > 0 {
                     return Err(format!("shard {shard} at n{} still holds {counts:?}", node.id));
                 }
             }

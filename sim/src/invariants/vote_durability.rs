@@ -1,7 +1,9 @@
 //! A vote is a promise: a part that has said YES is held until the outcome of its batch, or a later try of it, and a commit is decided
 //! only if every participant has said YES under that very number, in an entry that is replicated.
+//!
+//! What a shard has committed on its own word it remembers until the coordinators' log has it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use verdict_protocol::{
     coordinator::{Acted, CoordinatorReply},
@@ -10,7 +12,7 @@ use verdict_protocol::{
 };
 
 use super::{Finding, Invariant};
-use crate::witness::{Facts, Seen};
+use crate::witness::{Facts, Seen, committed};
 
 /// YES is kept.
 #[derive(Debug, Default)]
@@ -19,6 +21,8 @@ pub struct VoteDurability {
     promised: BTreeMap<(ShardId, BatchId), Number>,
     /// All YES that were ever said.
     said: BTreeMap<(ShardId, BatchId), Vec<Number>>,
+    /// What shards have committed on their own word and the coordinators have not recorded.
+    settled: BTreeSet<(ShardId, BatchId)>,
 }
 
 impl Invariant for VoteDurability {
@@ -63,11 +67,28 @@ impl Invariant for VoteDurability {
                         return Err(format!("shard {shard} said YES to {id} under {number} and lost it"));
                     }
                 }
+                for decision in committed(*shard, entry, reply) {
+                    if !facts.decisions.contains_key(&decision.id) {
+                        self.settled.insert((*shard, decision.id));
+                    }
+                }
+                let remembered = |id: &BatchId| {
+                    let mut held = machine.held();
+                    held.any(|held| held.part.id == *id && matches!(held.part.vote, VoteKind::Committed(_)))
+                };
+                for (_, id) in self.settled.iter().filter(|(other, _)| other == shard) {
+                    if !remembered(id) {
+                        return Err(format!(
+                            "shard {shard} has committed {id} and forgot it before it was recorded"
+                        ));
+                    }
+                }
                 self.promised.extend(held.into_iter().map(|(id, number)| ((*shard, id), number)));
                 Ok(())
             }
             Seen::Coordinator { reply: CoordinatorReply::Acted(Acted { decisions, .. }), .. } => {
                 for decision in decisions {
+                    self.settled.retain(|(_, id)| *id != decision.id);
                     if decision.result.is_err() || facts.decisions.contains_key(&decision.id) {
                         continue;
                     }
