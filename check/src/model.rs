@@ -500,7 +500,8 @@ impl Model {
                 witness.tell_read(contents, &self.case().read_rows(), *position, rows)
             }
             Reply::InProgress if token == SEAL_TOKEN => Ok(()),
-            Reply::InProgress if of_caller.is_some() && self.case().alone => Ok(()),
+            // A shard that was not heard yet may have committed it by itself, or know the id with these contents.
+            Reply::InProgress if of_caller.is_some_and(|place| self.may_be_unknown(place)) => Ok(()),
             Reply::Refused(Refusal::DifferentContents) => {
                 let place = of_caller.ok_or("who submits nothing has no contents")?;
                 let others = (0..contents.batches.len()).filter(|other| *other != place);
@@ -515,6 +516,12 @@ impl Model {
             Reply::Refused(Refusal::Unavailable { .. }) if token == READ_TOKEN => Ok(()),
             other => Err(format!("{token:?} is answered with {other:?}")),
         }
+    }
+
+    /// Whether the caller of a batch may be told that nobody knows.
+    fn may_be_unknown(&self, place: usize) -> bool {
+        let batches = &self.parts.contents.batches;
+        self.case().alone || batches.iter().filter(|batch| batch.id == batches[place].id).count() > 1
     }
 
     /// All that must hold in a state.

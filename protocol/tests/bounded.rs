@@ -167,6 +167,39 @@ fn an_id_at_the_asked_horizon_is_too_old_and_the_next_one_is_not() {
     assert!(matches!(world.reply(behind), Some(Reply::Decided(_))), "{:?}", world.reply(behind));
 }
 
+/// The first leader lets shard 2 commit a batch, and dies. The next one doesn't hear the shard, forgets by number, and the horizon passes
+/// the id. The shard gets the prepare after that, before it is greeted.
+#[test]
+fn an_id_that_a_silent_shard_may_still_commit_is_not_too_old() {
+    let mut world = started(2, remembering(1, 1000));
+    let batch = credit(&world, 1, &[2]);
+    world.submit(batch.clone());
+    let late = std::mem::take(&mut world.packets);
+    let [Packet::ToShard(_, message)] = &late[..] else { panic!("one prepare") };
+    assert!(message.prepares[0].sole.is_some());
+    world.down.insert(ShardId(2));
+    world.crash(0);
+    world.elect();
+    world.deliver_all();
+    for serial in 2..9 {
+        world.tick(1_000);
+        settle_one(&mut world, serial, &[1]);
+    }
+    let token = world.submit(batch.clone()).unwrap();
+    assert_eq!(world.reply(token), Some(&Reply::InProgress), "G6: that it won't commit isn't known");
+    let token = world.query(batch.id, true);
+    assert_eq!(world.reply(token), Some(&Reply::InProgress), "nor to who asks");
+    world.down.clear();
+    for packet in late {
+        world.deliver(packet, 0);
+    }
+    world.settle();
+    assert_eq!(world.row(&row_on(&world, 2)).value, RowValue::Balance(1));
+    let token = world.submit(batch).unwrap();
+    assert!(matches!(world.reply(token), Some(Reply::Refused(Refusal::TooOld { .. }))), "now it is");
+    world.check_at_rest();
+}
+
 #[test]
 fn what_a_shard_committed_is_recorded_whatever_the_horizon() {
     let mut world = started(1, |_| {});

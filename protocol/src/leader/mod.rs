@@ -346,6 +346,26 @@ enum Stage {
     Telling { decision: Decision, missing: BTreeMap<ShardId, Number>, finished: bool },
 }
 
+impl Stage {
+    /// What is told to who has other contents for the id. Before it is decided, a shard that has not answered the greeting may hold a part
+    /// of those, or have committed them: then it is too early to say that they won't commit.
+    fn with_other_contents(&self, all_greeted: bool) -> Reply {
+        match self {
+            Stage::Recording { .. } | Stage::Telling { .. } => Reply::Refused(Refusal::DifferentContents),
+            Stage::Parked(_)
+            | Stage::Preparing { .. }
+            | Stage::Recovering { .. }
+            | Stage::Deciding { .. } => {
+                if all_greeted {
+                    Reply::Refused(Refusal::DifferentContents)
+                } else {
+                    Reply::InProgress
+                }
+            }
+        }
+    }
+}
+
 /// What is needed to start a batch, and to start it again.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Pending {
@@ -402,9 +422,9 @@ pub struct Leader {
     /// The latest horizon that is recorded, or on its way into the log: ids at or before it are not taken up any more.
     horizon: Millis,
     horizon_asked_at: Millis,
-    /// Callers whose ids, of these times, lie behind a horizon that is on its way into the log. They are told when it is there: until then
-    /// another leader, which doesn't know of it, may take such an id up.
-    too_old: Vec<(Millis, Token)>,
+    /// Callers whose ids lie behind a horizon that is on its way into the log. They are told when it is there: until then another leader,
+    /// which doesn't know of it, may take such an id up.
+    too_old: Vec<(BatchId, Token)>,
     history: Stamp,
     /// How many decisions the log remembers, as far as it was heard.
     remembered: u64,
@@ -621,9 +641,11 @@ impl Leader {
     ) {
         let id = batch.id;
         let refuse = |effects: &mut Effects, refusal| effects.replies.push((token, Reply::Refused(refusal)));
+        let all_greeted = self.all_greeted();
         if let Some(flight) = self.flights.get_mut(&id) {
             if flight.hash.is_some_and(|known| known != hash) {
-                return refuse(effects, Refusal::DifferentContents);
+                effects.replies.push((token, flight.stage.with_other_contents(all_greeted)));
+                return;
             }
             match &flight.stage {
                 Stage::Telling { decision, .. } | Stage::Recording { decision } => {
@@ -641,10 +663,11 @@ impl Leader {
                 effects.replies.push((token, Reply::Decided(decision)));
                 return;
             }
-            Remembered::Forgotten { horizon } => return refuse(effects, Refusal::TooOld { horizon }),
-            Remembered::Nothing if id.time() <= self.horizon => {
-                return self.too_old.push((id.time(), token));
+            Remembered::Forgotten { horizon } => {
+                effects.replies.push((token, self.is_too_old(id, horizon)));
+                return;
             }
+            Remembered::Nothing if id.time() <= self.horizon => return self.too_old.push((id, token)),
             Remembered::Nothing => {}
         }
         if id.time().0 > self.now.0 + self.config.future_max_ms {
@@ -666,6 +689,15 @@ impl Leader {
         flight.waiters.push(token);
         self.flights.insert(id, flight);
         self.start_if_greeted(id, effects);
+    }
+
+    /// An id lies behind the horizon, and isn't remembered. It will never commit, but for what a shard may have been let do by an earlier
+    /// leader, and still do: that has no horizon, so it can't be said before the shard has answered the greeting.
+    fn is_too_old(&self, id: BatchId, horizon: Millis) -> Reply {
+        match self.hidden_by(id) {
+            Some(_) => Reply::InProgress,
+            None => Reply::Refused(Refusal::TooOld { horizon }),
+        }
     }
 
     /// Whether one more batch may come in (promise G9).
@@ -950,13 +982,12 @@ impl Leader {
         self.ceiling = self.ceiling.max(ceiling);
         self.ceiling_asked = self.ceiling_asked.max(self.ceiling);
         self.horizon = self.horizon.max(horizon);
-        self.too_old.retain(|(time, token)| {
-            let is_behind = *time <= horizon;
-            if is_behind {
-                effects.replies.push((*token, Reply::Refused(Refusal::TooOld { horizon })));
-            }
-            !is_behind
-        });
+        let (behind, others) =
+            std::mem::take(&mut self.too_old).into_iter().partition(|(id, _)| id.time() <= horizon);
+        self.too_old = others;
+        for (id, token) in behind {
+            effects.replies.push((token, self.is_too_old(id, horizon)));
+        }
         for decision in decisions {
             self.decided(decision, effects);
         }
@@ -1099,10 +1130,10 @@ impl Leader {
                 return effects.replies.push((token, Reply::Decided(decision)));
             }
             Remembered::Forgotten { horizon } => {
-                return effects.replies.push((token, Reply::Refused(Refusal::TooOld { horizon })));
+                return effects.replies.push((token, self.is_too_old(id, horizon)));
             }
             Remembered::Nothing if abort_if_not_seen && id.time() <= self.horizon => {
-                return self.too_old.push((id.time(), token));
+                return self.too_old.push((id, token));
             }
             Remembered::Nothing => {}
         }

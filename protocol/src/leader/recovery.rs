@@ -12,7 +12,7 @@ use crate::{
     messages::{Abort, AbortReason, Decision, Greeting, HeldPart, PartOutcome, VoteKind},
 };
 
-use super::{Decisions, Effects, Flight, Leader, Refusal, Remembered, Reply, Stage};
+use super::{Decisions, Effects, Flight, Leader, Remembered, Stage};
 
 impl Leader {
     pub(super) fn greet(&mut self, shard: ShardId, effects: &mut Effects) {
@@ -121,6 +121,7 @@ impl Leader {
             self.flights.insert(id, flight);
             return;
         }
+        let all_greeted = self.all_greeted();
         let flight = self.flights.get_mut(&id).expect("was just found");
         let same = flight.hash.is_none_or(|known| known == hash);
         match &mut flight.stage {
@@ -130,14 +131,14 @@ impl Leader {
             }
             Stage::Parked(_) => {
                 // A caller was faster than this greeting. The batch is recovered, never started again.
-                if !same {
-                    for token in std::mem::take(&mut flight.waiters) {
-                        effects.replies.push((token, Reply::Refused(Refusal::DifferentContents)));
-                    }
-                }
                 flight.hash = Some(hash);
                 flight.shards = shards;
                 flight.stage = Stage::Recovering { since: now, mixed: false };
+                if !same {
+                    for token in std::mem::take(&mut flight.waiters) {
+                        effects.replies.push((token, flight.stage.with_other_contents(all_greeted)));
+                    }
+                }
                 flight.listed.insert(shard, (number, vote == VoteKind::Yes));
                 self.parked.remove(&id);
                 self.recovering.insert(id);
