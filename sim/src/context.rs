@@ -83,6 +83,8 @@ pub struct Network {
     pub cut: BTreeMap<(NodeId, NodeId), (u32, u32)>,
     /// Replicas whose Raft messages are lost, while all else arrives, by fault.
     pub deaf: BTreeMap<usize, (GroupId, NodeId)>,
+    /// Shards that the coordinators' leader and they don't hear each other, by fault: whether what they are told is lost, and what they say.
+    pub severed: BTreeMap<usize, (ShardId, bool, bool)>,
     /// Periods in which messages go wrong, by fault: lost, repeated, delayed, delay in milliseconds.
     pub wrong: BTreeMap<usize, (u64, u64, u64, u64)>,
     /// The last packet sent, and the last one delivered, on each link.
@@ -169,6 +171,15 @@ impl Context {
             && self.network.deaf.values().any(|deaf| deaf == &(*group, one) || deaf == &(*group, other))
         {
             self.tally.count(Fired::Deaf);
+            return;
+        }
+        let is_severed = |(shard, told, says): &(ShardId, bool, bool)| match &packet {
+            Packet::ToShard { shard: to, .. } => *told && to == shard,
+            Packet::FromShard { shard: from, .. } => *says && from == shard,
+            _ => false,
+        };
+        if self.network.severed.values().any(is_severed) {
+            self.tally.count(Fired::Severed);
             return;
         }
         // Mostly fast, sometimes not.

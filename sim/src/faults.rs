@@ -20,6 +20,7 @@ fired! {
     Cut => "message lost in a two-way partition",
     CutOneWay => "message lost in a one-way partition",
     Deaf => "Raft message of one group lost",
+    Severed => "message between coordinators and a shard lost",
     Kill => "process killed",
     PowerLoss => "node lost power",
     LeaderDied => "the dead node led a group",

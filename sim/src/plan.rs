@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use verdict_protocol::{
-    batch::{Batch, Condition, Operation, OperationKind, RowKey},
+    batch::{Batch, Condition, Operation, OperationKind, Placement, RowKey},
     ids::{BatchId, GroupId, Millis, NodeId},
 };
 
@@ -173,6 +173,15 @@ pub enum Trouble {
     Deaf {
         /// The group.
         group: u32,
+    },
+    /// The coordinators' leader, whoever that is, and a shard don't hear each other, while the shard's replicas do.
+    Sever {
+        /// The shard.
+        shard: u32,
+        /// What the shard is told is lost.
+        told: bool,
+        /// What it says is lost.
+        says: bool,
     },
     /// Connections of a node break.
     Reset {
@@ -368,6 +377,9 @@ impl Plan {
         };
         plan.faults = faults(&plan, random);
         plan.clients = clients(&plan, random);
+        if random.chance(4000) {
+            use_an_id_again(&mut plan, random);
+        }
         plan
     }
 
@@ -549,6 +561,51 @@ fn clients(plan: &Plan, random: &mut Random) -> Vec<Vec<Step>> {
         clients.push(steps);
     }
     clients
+}
+
+/// A shard commits a batch by itself and can't say so, the coordinators' leader is lost before it knows, and the id is used again for
+/// other contents on another shard while the first one is out of reach. Chance alone brings that together once in many thousand runs.
+fn use_an_id_again(plan: &mut Plan, random: &mut Random) {
+    let placement = Placement { shards: plan.shards() };
+    let shard_of = |row: &str| placement.shard_of(row.split_once('/').expect("rows have partitions").0);
+    let mut rows: Vec<String> = (0..USERS).map(|user| format!("user:{user}/USD")).collect();
+    rows.push(HOT.to_owned());
+    random.shuffle(&mut rows);
+    let (first, shard) = (rows[0].clone(), shard_of(&rows[0]));
+    let Some(other) = rows.iter().find(|row| shard_of(row) != shard).cloned() else { return };
+    let made_ms = random.range(500, plan.faults_ms - 500);
+    let say_nothing = made_ms - random.range(1, 30);
+    let lost = made_ms + random.range(1, 400);
+    let back = lost + random.range(300, 2_500);
+    let mut fault =
+        |at_ms: u64, until: u64, what| plan.faults.push(Fault { at_ms, for_ms: until - at_ms, what });
+    fault(say_nothing, back, Trouble::Sever { shard: shard.0, told: false, says: true });
+    if random.chance(3000) {
+        // It doesn't hear the next leader either, and what the last one said may still come.
+        fault(lost, back, Trouble::Sever { shard: shard.0, told: true, says: true });
+    }
+    let what = match random.below(3) {
+        0 => Trouble::CrashLeader { group: 0, power: random.chance(5000) },
+        1 => Trouble::PauseLeader { group: 0 },
+        _ => Trouble::HandOver { group: 0, to: *random.pick(&plan.seats[0]) },
+    };
+    fault(lost, lost + random.range(300, 1_500), what);
+    plan.faults.sort_by_key(|fault| fault.at_ms);
+    let id = 800_000 + random.range(0, 9) as u32;
+    let submit = |row: &str, delta, at_ms| {
+        let changes = vec![Change::Add(row.to_owned(), delta)];
+        let contents = Contents { id, made_ms: made_ms as i64, zero_sum: false, changes };
+        Step { after_ms: at_ms, what: Act::Submit(contents) }
+    };
+    let again_ms = lost + random.range(50, 1_500);
+    plan.clients.push(vec![submit(&first, 5, made_ms)]);
+    plan.clients.push(vec![match random.below(8) {
+        0 => Step {
+            after_ms: again_ms,
+            what: Act::Query { id, made_ms: made_ms as i64, wait: false, seal: true },
+        },
+        _ => submit(&other, 7, again_ms),
+    }]);
 }
 
 impl Maker<'_> {

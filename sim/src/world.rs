@@ -275,6 +275,9 @@ impl World {
                     self.cx.network.deaf.insert(place, (GroupId(group), leader));
                 }
             }
+            Trouble::Sever { shard, told, says } => {
+                self.cx.network.severed.insert(place, (ShardId(shard), told, says));
+            }
             Trouble::Reset { node } => self.reset(NodeId(node)),
             Trouble::HandOver { group, to } => {
                 if let Some(leader) = self.leader_of(group) {
@@ -325,6 +328,7 @@ impl World {
         }
         self.cx.network.wrong.remove(&place);
         self.cx.network.deaf.remove(&place);
+        self.cx.network.severed.remove(&place);
         if let Some((node, by_ms)) = self.skews.remove(&place) {
             self.nodes.get_mut(&node).expect("a node of the cluster").skew_ms -= by_ms;
         }

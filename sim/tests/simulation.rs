@@ -56,7 +56,8 @@ fn bugs_in_the_model_of_raft_are_found() {
     assert_eq!(found(Defect::SyncForgotten, 5), "Raft: log");
     assert_eq!(found(Defect::CommitWithoutQuorum, 5), "Raft: log");
     assert_eq!(found(Defect::VoteForShorterLog, 50), "Raft: log");
-    assert_eq!(found(Defect::SnapshotForgotten, 100), "replica equality");
+    let found = found(Defect::SnapshotForgotten, 100);
+    assert!(["replica equality", "assertion"].contains(&found.as_str()), "{found:?}");
 }
 
 #[test]
