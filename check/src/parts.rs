@@ -420,11 +420,8 @@ pub fn empty<M: Machine>(config: &M::Config) -> Replica<M> {
 
 /// The configuration of a shard.
 pub fn shard_config(case: &Case, shard: ShardId) -> ShardConfig {
-    ShardConfig { shard, placement: case.placement() }
+    ShardConfig { shard, placement: case.placement(), sweep_interval: 1 }
 }
-
-/// An index with which old versions are swept away. The machine looks at indexes for nothing else.
-const INDEX: u64 = 1 << 16;
 
 /// Applies one message as an entry of a shard's log.
 pub fn apply_to_shard(
@@ -433,8 +430,14 @@ pub fn apply_to_shard(
     message: &ToShard,
 ) -> verdict_protocol::shard::ShardReply {
     let entry = ShardEntry { now: START, parts_max, messages: vec![message.clone()] };
-    let applied = shard.machine.apply(&mut shard.store, INDEX, &encode(&entry));
-    applied.expect("memory doesn't fail")
+    apply(shard, 0, &encode(&entry))
+}
+
+/// Applies, and brings all to the store: what is in memory alone is the business of the simulator and of tests.
+fn apply<M: Machine>(replica: &mut Replica<M>, index: u64, command: &[u8]) -> M::Reply {
+    let reply = replica.machine.apply(&mut replica.store, index, command).expect("memory doesn't fail");
+    replica.machine.flush(&mut replica.store, 0).expect("memory doesn't fail");
+    reply
 }
 
 /// Applies an entry of the coordinators' log.
@@ -446,8 +449,7 @@ pub fn apply_to_coordinator(
     entry: &CoordinatorEntry,
 ) -> CoordinatorReply {
     let index = coordinator.machine.counts().epoch.0 + 1;
-    let applied = coordinator.machine.apply(&mut coordinator.store, index, &encode(entry));
-    applied.expect("memory doesn't fail")
+    apply(coordinator, index, &encode(entry))
 }
 
 /// Opens an epoch: the new leader, and what it does first.

@@ -339,7 +339,7 @@ pub fn shard_step(
 
 /// A replica that starts again from what it has stored is what it was: no lock, part or number lives in memory alone (R5).
 pub fn reopens(shard: &Replica<Shard>, id: ShardId, placement: Placement) -> Checked {
-    let config = ShardConfig { shard: id, placement };
+    let config = ShardConfig { shard: id, placement, sweep_interval: 1 };
     let again = Shard::open(&config, &shard.store).map_err(|error| error.to_string())?;
     demand(again == shard.machine, || {
         format!("R5: shard {id}, opened again from its store, is not what it was: {again:?}")

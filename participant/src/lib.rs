@@ -52,7 +52,7 @@ use verdict_protocol::{
     batch::Placement,
     ids::{Millis, NodeId, ShardId},
     messages::VoteKind,
-    shard::{HeldSince, Shard, ShardConfig, ShardCounts},
+    shard::{HeldSince, SWEEP_INTERVAL, Shard, ShardConfig, ShardCounts},
 };
 use verdict_raft::{Group, Host, HostError, Role};
 
@@ -181,7 +181,7 @@ impl Participant {
         let (mut shards, mut tasks) = (BTreeMap::new(), Vec::new());
         let fatal = Arc::new(watch::Sender::new(None));
         for shard in config.shards.iter().copied() {
-            let machine = ShardConfig { shard, placement: config.placement };
+            let machine = ShardConfig { shard, placement: config.placement, sweep_interval: SWEEP_INTERVAL };
             let founders = voters.get(&shard).ok_or_else(|| {
                 stop.cancel();
                 StartError::Config(format!("shard {shard} has no voters"))

@@ -5,8 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use bytes::{BufMut, Bytes, BytesMut};
-use serde::{Deserialize, Serialize};
+use bytes::Bytes;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use smallvec::SmallVec;
 
 use crate::{
     ids::{BatchId, ContentHash, ShardId, Stamp},
@@ -18,9 +19,9 @@ pub const NAME_BYTES_MAX: usize = 256;
 
 /// The key of a row: its partition and its name inside it. Ordered by partition first.
 ///
-/// Kept as `partition, 0x00, name` in one piece; neither part contains a NUL.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct RowKey(Bytes);
+/// Kept as `partition, 0x00, name` in one piece; neither part contains a NUL. Most keys are short, and lie in place.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RowKey(SmallVec<[u8; 40]>);
 
 impl RowKey {
     /// A key of its two parts, or what is wrong with them: the field (`partition` or `name`) and the problem.
@@ -37,11 +38,11 @@ impl RowKey {
             };
             return Err((field, problem));
         }
-        let mut bytes = BytesMut::with_capacity(partition.len() + 1 + name.len());
-        bytes.put_slice(partition.as_bytes());
-        bytes.put_u8(0);
-        bytes.put_slice(name.as_bytes());
-        Ok(RowKey(bytes.freeze()))
+        let mut bytes = SmallVec::with_capacity(partition.len() + 1 + name.len());
+        bytes.extend_from_slice(partition.as_bytes());
+        bytes.push(0);
+        bytes.extend_from_slice(name.as_bytes());
+        Ok(RowKey(bytes))
     }
 
     /// The bytes as they are stored.
@@ -67,6 +68,31 @@ impl RowKey {
     fn parts(&self) -> (&str, &str) {
         let text = std::str::from_utf8(&self.0).expect("a key is made of two strings");
         text.split_once('\0').expect("a key has a NUL between its parts")
+    }
+}
+
+/// As bytes in one piece.
+impl Serialize for RowKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for RowKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<RowKey, D::Error> {
+        struct Key;
+        impl de::Visitor<'_> for Key {
+            type Value = RowKey;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("the key of a row")
+            }
+
+            fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<RowKey, E> {
+                Ok(RowKey(SmallVec::from_slice(bytes)))
+            }
+        }
+        deserializer.deserialize_bytes(Key)
     }
 }
 

@@ -4,9 +4,13 @@
 //! by [`apply`] alone. [`apply`] also keeps the *running hash*: a chain over every command and every change that it made, so
 //! that two replicas at the same index can prove that they hold the same state (promise G10).
 //!
+//! A machine may keep in memory what it has changed, and bring it to the store later ([`Machine::flush`]): what is changed again and
+//! again is then stored once. The host decides when, and until then has the log from which to apply again.
+//!
 //! Invariants:
-//! - Applying is a function of the state and the entry (rule R10): no clock, no randomness, no unordered iteration.
-//! - Whatever a machine keeps in memory can be rebuilt from its store by [`Machine::open`].
+//! - Applying is a function of the state and the entry (rule R10): no clock, no randomness, no unordered iteration. When a machine is
+//!   flushed makes no difference to anything that it answers, nor to the hash.
+//! - After a flush, whatever a machine keeps in memory can be rebuilt from its store by [`Machine::open`].
 //! - The applied index and the hash change in the same atomic step as the state (rule R5).
 
 use bytes::Bytes;
@@ -25,9 +29,14 @@ pub trait Machine: Sized + Send + 'static {
     /// Rebuilds what is kept in memory from `store`, which is empty at first.
     fn open(config: &Self::Config, store: &dyn Store) -> Result<Self, StoreError>;
 
-    /// Applies one command. An error is a failure of the store and stops the replica.
+    /// Applies one command. An error is a failure of the store and stops the replica. Every change goes to the store, or is noted
+    /// there ([`Store::note`]) and kept in memory until the next flush.
     fn apply(&mut self, store: &mut dyn Store, index: u64, command: &[u8])
     -> Result<Self::Reply, StoreError>;
+
+    /// Brings to the store all that was kept in memory ([`Store::bring`]). Of what the store has too, about `keep_bytes` may stay in
+    /// memory.
+    fn flush(&mut self, store: &mut dyn Store, keep_bytes: usize) -> Result<(), StoreError>;
 }
 
 /// Where a replica stands: the index of the last entry that it applied, and the running hash over all of them.
@@ -78,7 +87,11 @@ const FORMAT: u8 = 1;
 /// Encodes a value in the format of all that is stored and replicated: a version byte, then postcard.
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     // Most of what is encoded is small, and finds room at once.
-    let mut bytes = Vec::with_capacity(256);
+    encode_into(Vec::with_capacity(256), value)
+}
+
+/// The same, behind what `bytes` holds.
+pub fn encode_into<T: Serialize>(mut bytes: Vec<u8>, value: &T) -> Vec<u8> {
     bytes.push(FORMAT);
     postcard::to_extend(value, bytes).expect("encoding into memory can't fail")
 }
@@ -150,6 +163,16 @@ impl Store for HashedStore<'_> {
     fn delete(&mut self, key: &[u8]) -> Result<(), StoreError> {
         self.chain(&[&length(key), key, &u64::MAX.to_be_bytes()]);
         self.inner.delete(key)
+    }
+
+    fn note(&mut self, change: &[&[u8]]) {
+        change.iter().for_each(|piece| self.chain(&[&length(piece), piece]));
+        self.inner.note(change);
+    }
+
+    fn bring(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), StoreError> {
+        // It was noted when it was changed.
+        self.inner.bring(key, value)
     }
 
     fn scan(

@@ -3,7 +3,7 @@
 
 use std::{
     borrow::Borrow,
-    collections::hash_map::{self, HashMap},
+    collections::hash_map::HashMap,
     fmt,
     hash::{BuildHasher as _, Hash, Hasher},
     ops::Index,
@@ -51,15 +51,6 @@ impl<K: Eq + Hash, V> PointMap<K, V> {
         K: Borrow<Q>,
     {
         self.0.remove(key)
-    }
-
-    pub(crate) fn entry(&mut self, key: K) -> hash_map::Entry<'_, K, V> {
-        self.0.entry(key)
-    }
-
-    /// How many values are as wanted.
-    pub(crate) fn count(&self, wanted: impl Fn(&V) -> bool) -> usize {
-        self.0.values().filter(|value| wanted(value)).count()
     }
 }
 

@@ -39,6 +39,17 @@ pub trait Store {
     /// Removes `key`; no error if there is none.
     fn delete(&mut self, key: &[u8]) -> Result<(), StoreError>;
 
+    /// Tells of a change that the machine keeps in memory for now: it belongs to what was applied, and takes up room.
+    fn note(&mut self, _change: &[&[u8]]) {}
+
+    /// Sets or removes what was kept in memory, and noted, before.
+    fn bring(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), StoreError> {
+        match value {
+            Some(value) => self.put(key, value),
+            None => self.delete(key),
+        }
+    }
+
     /// Visits the keys in `from..to` in ascending order, until `visit` returns false.
     fn scan(
         &self,

@@ -88,7 +88,7 @@ pub struct Limits {
     pub proposal_bytes_in_flight: usize,
     /// RocksDB's block cache, in bytes.
     pub block_cache_bytes: usize,
-    /// Recently used keys and values of each group kept in memory, in bytes.
+    /// What the machine of each group may keep in memory of what was used lately and stands in the database too, in bytes.
     pub state_cache_bytes: usize,
     /// Changes of each group's state that gather in memory before they are written, in bytes...
     pub state_behind_bytes: usize,
@@ -110,9 +110,9 @@ impl Default for Limits {
             proposals_in_flight: 4096,
             proposal_bytes_in_flight: 128 << 20,
             block_cache_bytes: 64 << 20,
-            state_cache_bytes: 64 << 20,
+            state_cache_bytes: 128 << 20,
             state_behind_bytes: 4 << 20,
-            state_behind_entries: 64,
+            state_behind_entries: 4096,
         }
     }
 }

@@ -214,7 +214,7 @@ impl<M: Machine> Core<M> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.store.flush(&self.state)
+        self.store.flush(&mut self.machine, &self.state)
     }
 
     fn apply_one(&mut self, entry: Entry, wanted: bool) -> io::Result<Reply> {

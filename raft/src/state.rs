@@ -1,19 +1,18 @@
 //! The durable state of one group: [`Store`] over the node's database, written behind the log.
 //!
-//! A machine's changes gather in memory, over many entries, and reach the database in one atomic write, together with the applied
-//! log id ([`GroupStore::flush`], R5). So what is changed again and again is written once, and what comes and goes in between is
-//! never written. A crash loses what has gathered; the log still has the entries, and they are applied again.
-//! What was read or written recently stays in memory.
+//! A machine's changes gather in memory, in the machine itself and here, over many entries, and reach the database in one atomic
+//! write, together with the applied log id ([`GroupStore::flush`], R5). So what is changed again and again is written once, and what
+//! comes and goes in between is never written. A crash loses what has gathered; the log still has the entries, and they are applied
+//! again.
 //!
 //! Invariants:
 //! - Reads see all earlier writes, flushed or not.
 //! - What the database holds is the state after whole entries, up to the applied log id that stands beside it.
 //! - The log is purged only up to a snapshot, and a snapshot is made of what was flushed: no entry that is needed again is gone.
-//! - The cache holds what the database holds, or nothing.
 //! - Every key stands under its group and generation; a snapshot is installed as a new generation.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     collections::{BTreeSet, HashMap},
     io,
     ops::Bound,
@@ -26,13 +25,14 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use verdict_protocol::{
     ids::GroupId,
+    machine::Machine,
     store::{Store, StoreError},
 };
 
 use crate::{
     api::Limits,
     disk::{Disk, seal, unseal},
-    storage::{Start, Table},
+    storage::{Batch, Start, Table},
     types::{LogId, StoredMembership},
 };
 
@@ -47,6 +47,9 @@ const APPLIED: &[u8] = &[HOST, 0x01];
 
 /// What a map needs for an entry beyond a short key and value, roughly.
 const ENTRY_OVERHEAD_BYTES: usize = 128;
+
+/// What a machine needs for a change that it keeps, beyond what it tells of it, roughly.
+const NOTE_OVERHEAD_BYTES: usize = 32;
 
 /// What a key that came and went still takes.
 const ORDER_BYTES: usize = 64;
@@ -102,7 +105,7 @@ fn any_key(disk: &Disk, from: &[u8], to: &[u8]) -> io::Result<bool> {
 /// How much is kept in memory of a group's state.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StoreLimits {
-    /// What was used recently.
+    /// What a machine may keep of what was used recently.
     pub(crate) cache_bytes: usize,
     /// Changes that aren't in the database yet: at this size they are written.
     pub(crate) behind_bytes: usize,
@@ -123,14 +126,12 @@ impl StoreLimits {
 
 /// Most keys and values are short: they are kept in place, so that looking one up follows no pointer.
 type Key = SmallVec<[u8; 40]>;
-/// None: removed, or absent.
+/// None: removed.
 type Value = Option<SmallVec<[u8; 56]>>;
 
 /// A change that isn't in the database yet.
 struct Change {
     value: Value,
-    /// Whether it was read, and so is worth keeping in memory when it is written.
-    used: Cell<bool>,
     /// Whether the database is known not to hold the key.
     fresh: bool,
 }
@@ -160,10 +161,9 @@ pub(crate) struct GroupStore {
     limits: StoreLimits,
     changes: HashMap<Key, Change, RandomState>,
     order: RefCell<Order>,
-    /// What `changes` holds, roughly.
+    /// What `changes` holds, and the machine, roughly.
     behind_bytes: usize,
     behind_entries: usize,
-    cache: RefCell<Cache>,
 }
 
 impl GroupStore {
@@ -176,7 +176,6 @@ impl GroupStore {
             order: RefCell::default(),
             behind_bytes: 0,
             behind_entries: 0,
-            cache: RefCell::new(Cache::new(limits.cache_bytes)),
         }
     }
 
@@ -195,8 +194,8 @@ impl GroupStore {
         self.behind_entries >= self.limits.behind_entries || self.behind_bytes >= self.limits.behind_bytes
     }
 
-    /// Writes all changes and the applied log id in one atomic step, without sync.
-    pub(crate) fn flush(&mut self, state: &AppliedState) -> io::Result<()> {
+    /// Writes all changes, those that the machine has kept, and the applied log id in one atomic step, without sync.
+    pub(crate) fn flush<M: Machine>(&mut self, machine: &mut M, state: &AppliedState) -> io::Result<()> {
         if self.behind_entries == 0 {
             return Ok(());
         }
@@ -204,27 +203,19 @@ impl GroupStore {
         // In order: that is how the database keeps them.
         let mut changes: Vec<(&Key, &Change)> = self.changes.iter().collect();
         changes.sort_unstable_by_key(|(key, _)| *key);
-        let mut batch = disk.tables().batch();
-        let mut full_key = self.machine_key(&[]);
-        let prefix = full_key.len();
-        for (key, change) in &changes {
-            full_key.truncate(prefix);
-            full_key.extend_from_slice(key);
-            match &change.value {
-                Some(value) => batch.put(Table::State, &full_key, value),
-                None => batch.delete(Table::State, &full_key),
-            }
+        let mut flushing =
+            Flushing { store: self, batch: disk.tables().batch(), full_key: self.machine_key(&[]) };
+        for (key, change) in changes {
+            flushing.write(key, change.value.as_deref());
         }
+        // Behind the others: what the machine kept is newer.
+        machine
+            .flush(&mut flushing, self.limits.cache_bytes)
+            .map_err(|StoreError(why)| io::Error::other(why))?;
+        let mut batch = flushing.batch;
         batch.put(Table::State, &self.key(APPLIED), &seal(APPLIED, state));
         batch.write()?;
-        let cache = self.cache.get_mut();
-        for (key, change) in self.changes.drain() {
-            if change.used.get() {
-                cache.set(key, change.value);
-            } else {
-                cache.remove(&key);
-            }
-        }
+        self.changes.clear();
         let order = self.order.get_mut();
         order.sorted.clear();
         order.unsorted.clear();
@@ -246,7 +237,7 @@ impl GroupStore {
         self.behind_bytes += ENTRY_OVERHEAD_BYTES + key.len();
         let key = Key::from_slice(key);
         self.order.get_mut().unsorted.push(key.clone());
-        self.changes.insert(key, Change { value, used: Cell::new(false), fresh });
+        self.changes.insert(key, Change { value, fresh });
     }
 
     /// The value of a key that was changed; one that came and went is as good as removed.
@@ -285,25 +276,15 @@ impl Store for GroupStore {
 
     fn look(&self, key: &[u8], visit: &mut dyn FnMut(&[u8])) -> Result<(), StoreError> {
         if let Some(change) = self.changes.get(key) {
-            change.used.set(true);
             if let Some(value) = &change.value {
                 visit(value);
             }
             return Ok(());
         }
-        let mut cache = self.cache.borrow_mut();
-        if let Some(value) = cache.get(key) {
-            if let Some(value) = value {
-                visit(value);
-            }
-            return Ok(());
-        }
-        let disk = self.disk()?;
-        let value = disk.tables().get(Table::State, &self.machine_key(key)).map_err(store_error)?;
+        let value = self.disk()?.tables().get(Table::State, &self.machine_key(key)).map_err(store_error)?;
         if let Some(value) = &value {
             visit(value);
         }
-        cache.set(Key::from_slice(key), value.map(|value| SmallVec::from_slice(&value)));
         Ok(())
     }
 
@@ -334,6 +315,10 @@ impl Store for GroupStore {
             _ => self.change(key, None),
         }
         Ok(())
+    }
+
+    fn note(&mut self, change: &[&[u8]]) {
+        self.behind_bytes += NOTE_OVERHEAD_BYTES + change.iter().map(|piece| piece.len()).sum::<usize>();
     }
 
     fn scan(
@@ -414,43 +399,52 @@ impl Store for GroupStore {
     }
 }
 
-/// What was used recently: two halves, the older of which is dropped when the newer is full. Knows absent keys too.
-struct Cache {
-    half_bytes_max: usize,
-    newer: HashMap<Key, Value, RandomState>,
-    older: HashMap<Key, Value, RandomState>,
-    newer_bytes: usize,
+/// The batch of a flush, as the machine sees it.
+struct Flushing<'a> {
+    store: &'a GroupStore,
+    batch: Box<dyn Batch>,
+    /// Begins with what all keys of the machine begin with.
+    full_key: Vec<u8>,
 }
 
-impl Cache {
-    fn new(bytes_max: usize) -> Cache {
-        let (newer, older) = (HashMap::default(), HashMap::default());
-        Cache { half_bytes_max: bytes_max / 2, newer, older, newer_bytes: 0 }
-    }
-
-    fn get(&mut self, key: &[u8]) -> Option<&Value> {
-        if !self.newer.contains_key(key) {
-            let (key, value) = self.older.remove_entry(key)?;
-            self.set(key, value);
-        }
-        // It may have filled the newer half, which is the older one then.
-        self.newer.get(key).or_else(|| self.older.get(key))
-    }
-
-    fn set(&mut self, key: Key, value: Value) {
-        self.older.remove(&key);
-        self.newer_bytes += ENTRY_OVERHEAD_BYTES + key.len() + bytes(&value);
-        self.newer.insert(key, value);
-        if self.newer_bytes > self.half_bytes_max {
-            std::mem::swap(&mut self.older, &mut self.newer);
-            self.newer.clear();
-            self.newer_bytes = 0;
+impl Flushing<'_> {
+    fn write(&mut self, key: &[u8], value: Option<&[u8]>) {
+        self.full_key.truncate(PREFIX_BYTES + 1);
+        self.full_key.extend_from_slice(key);
+        match value {
+            Some(value) => self.batch.put(Table::State, &self.full_key, value),
+            None => self.batch.delete(Table::State, &self.full_key),
         }
     }
+}
 
-    fn remove(&mut self, key: &[u8]) {
-        self.older.remove(key);
-        self.newer.remove(key);
+/// Reads see what there was before the flush.
+impl Store for Flushing<'_> {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        self.store.get(key)
+    }
+
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        self.write(key, Some(value));
+        Ok(())
+    }
+
+    fn delete(&mut self, key: &[u8]) -> Result<(), StoreError> {
+        self.write(key, None);
+        Ok(())
+    }
+
+    fn scan(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        self.store.scan(from, to, visit)
+    }
+
+    fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<(Bytes, Bytes)>, StoreError> {
+        self.store.last(from, to)
     }
 }
 
@@ -469,6 +463,29 @@ mod tests {
         on_disk::OnDisk,
         storage::{Batch, Cursor, File, Open, Reads, Storage, Tables},
     };
+
+    /// A machine that keeps some changes in memory.
+    #[derive(Default)]
+    struct Kept(Vec<u8>);
+
+    impl Machine for Kept {
+        type Reply = ();
+        type Config = ();
+
+        fn open((): &(), _: &dyn Store) -> Result<Kept, StoreError> {
+            Ok(Kept::default())
+        }
+
+        fn apply(&mut self, store: &mut dyn Store, _: u64, command: &[u8]) -> Result<(), StoreError> {
+            store.note(&[command]);
+            self.0.extend_from_slice(command);
+            Ok(())
+        }
+
+        fn flush(&mut self, store: &mut dyn Store, _: usize) -> Result<(), StoreError> {
+            self.0.drain(..).try_for_each(|byte| store.bring(&[byte], Some(b"kept")))
+        }
+    }
 
     fn next(seed: &mut u64) -> u64 {
         *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -585,9 +602,16 @@ mod tests {
             store.put(&n.to_be_bytes(), b"x").unwrap();
             store.applied(1);
         }
+        let mut machine = Kept::default();
+        machine.apply(&mut store, 1, b"m").unwrap();
         let before = writes.load(Ordering::Relaxed);
-        store.flush(&AppliedState::default()).unwrap();
+        store.flush(&mut machine, &AppliedState::default()).unwrap();
         assert_eq!(writes.load(Ordering::Relaxed), before + 1);
+        assert_eq!(
+            store.get(b"m").unwrap().as_deref(),
+            Some(&b"kept"[..]),
+            "what the machine kept is among it"
+        );
         let applied = store.disk().unwrap().tables().get(Table::State, &store.key(APPLIED)).unwrap();
         assert!(applied.is_some(), "the applied index is among what was written");
     }
@@ -604,7 +628,7 @@ mod tests {
         // What is in the database, to go back to after a crash.
         let mut written = model.clone();
         let (mut seed, mut flushes, mut crashes) = (7, 0, 0);
-        let state = AppliedState::default();
+        let (state, mut kept) = (AppliedState::default(), Kept::default());
         for round in 0..60_000 {
             // Some keys and values are longer than what is kept in place.
             let number = next(&mut seed) % 400;
@@ -640,7 +664,7 @@ mod tests {
                 _ => {}
             }
             if store.applied(1) {
-                store.flush(&state).unwrap();
+                store.flush(&mut kept, &state).unwrap();
                 written = model.clone();
                 flushes += 1;
             }

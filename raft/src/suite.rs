@@ -41,6 +41,10 @@ impl Machine for Nothing {
     fn apply(&mut self, _: &mut dyn Store, _: u64, _: &[u8]) -> Result<(), StoreError> {
         Ok(())
     }
+
+    fn flush(&mut self, _: &mut dyn Store, _: usize) -> Result<(), StoreError> {
+        Ok(())
+    }
 }
 
 /// Small enough that entries leave the memory and must be read from disk.

@@ -57,8 +57,13 @@ impl Machine for Registers {
         self.applied += 1;
         let (key, value) = command.split_at(command.len().min(2));
         store.put(&[b"\x11", key].concat(), value)?;
-        store.put(b"\x10count", &self.applied.to_be_bytes())?;
+        store.note(&[b"\x10count", &self.applied.to_be_bytes()]);
         Ok(self.applied)
+    }
+
+    /// How many there were is kept in memory in between.
+    fn flush(&mut self, store: &mut dyn Store, _: usize) -> Result<(), StoreError> {
+        store.bring(b"\x10count", Some(&self.applied.to_be_bytes()))
     }
 }
 

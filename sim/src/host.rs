@@ -44,7 +44,9 @@ pub struct Host<M: Machine> {
     pub outcomes: Vec<Outcome<M::Reply>>,
     seat: Seat,
     config: M::Config,
+    /// What the database holds, and what it held before the last flush: that is what a loss of power leaves.
     flushed: Rc<Snapshot>,
+    flushed_before: Rc<Snapshot>,
     /// Own proposals: index and term.
     proposals: BTreeMap<u64, u64>,
     timer_at: Time,
@@ -67,24 +69,22 @@ impl<M: Machine + Watched> Host<M> {
             outcomes: Vec::new(),
             seat,
             config,
+            flushed_before: flushed.clone(),
             flushed,
             proposals: BTreeMap::new(),
             timer_at: 0,
         }
     }
 
-    /// Starts again from what is on the disk. After a loss of power the state is an older one.
+    /// Starts again from what is on the disk: the state as it was flushed. After a loss of power it is an older one.
     pub fn restart(&mut self, power: bool, cx: &mut Context) {
-        let applied = (self.raft.applied, self.raft.log.term_at(self.raft.applied).unwrap_or(0));
-        let mut found = Rc::new(Snapshot { index: applied.0, term: applied.1, state: self.store.clone() });
-        if power {
-            found = match &self.durable.snapshot {
-                Some(snapshot) if snapshot.index > self.flushed.index => snapshot.clone(),
-                _ => self.flushed.clone(),
-            };
-            if found.index < applied.0 {
-                cx.tally.count(Fired::StateRewound);
-            }
+        let flushed = if power { &self.flushed_before } else { &self.flushed };
+        let found = match &self.durable.snapshot {
+            Some(snapshot) if snapshot.index > flushed.index => snapshot.clone(),
+            _ => flushed.clone(),
+        };
+        if found.index < self.raft.applied {
+            cx.tally.count(Fired::StateRewound);
         }
         if found.index > self.durable.log.last().0 {
             cx.tally.count(Fired::LogBehindState);
@@ -92,7 +92,7 @@ impl<M: Machine + Watched> Host<M> {
         self.durable.begin_behind((found.index, found.term));
         self.store = found.state.clone();
         self.machine = M::open(&self.config, &self.store).expect("memory doesn't fail");
-        self.flushed = found.clone();
+        (self.flushed, self.flushed_before) = (found.clone(), found.clone());
         self.raft = Raft::start(self.seat.clone(), &self.durable, found.index, cx.now, &mut cx.random);
         self.proposals.clear();
         self.outcomes.clear();
@@ -178,7 +178,8 @@ impl<M: Machine + Watched> Host<M> {
             return None;
         }
         let term = self.raft.log.term_at(index).expect("what was just applied is in the log");
-        let snapshot = Rc::new(Snapshot { index, term, state: self.store.clone() });
+        self.flush(index, term);
+        let snapshot = self.flushed.clone();
         let before = self.raft.log.base.0;
         let mut out = Out::default();
         self.raft.keep_snapshot(snapshot, cx.plan.settings.keep_entries, &mut out);
@@ -228,6 +229,8 @@ impl<M: Machine + Watched> Host<M> {
         });
         self.store = snapshot.state.clone();
         self.machine = M::open(&self.config, &self.store).expect("memory doesn't fail");
+        self.flushed = Rc::new(snapshot.clone());
+        self.flushed_before = self.flushed.clone();
         let gone = self.proposals.len();
         self.proposals.clear();
         self.outcomes.extend((0..gone).map(|_| Outcome::Unknown));
@@ -264,9 +267,23 @@ impl<M: Machine + Watched> Host<M> {
                 self.outcomes.push(Outcome::Unknown);
             }
             if index >= self.flushed.index + cx.plan.settings.flush_after {
-                self.flushed = Rc::new(Snapshot { index, term: entry.term, state: self.store.clone() });
+                self.flush(index, entry.term);
             }
         }
+    }
+
+    /// Brings all that is applied to the database.
+    pub fn flush_all(&mut self) {
+        let index = self.raft.applied;
+        self.flush(index, self.raft.log.term_at(index).unwrap_or(0));
+    }
+
+    /// The same, up to the entry that was applied last. Of what the machine has in memory besides, it keeps all or nothing, by turns.
+    fn flush(&mut self, index: u64, term: u64) {
+        let keep_bytes = if index.is_multiple_of(2) { 0 } else { usize::MAX };
+        self.machine.flush(&mut self.store, keep_bytes).expect("memory doesn't fail");
+        let now = Rc::new(Snapshot { index, term, state: self.store.clone() });
+        self.flushed_before = std::mem::replace(&mut self.flushed, now);
     }
 
     /// The node of the replica.

@@ -57,6 +57,12 @@ pub struct Node {
 }
 
 impl Node {
+    /// Brings all that is applied to the databases.
+    pub fn flush(&mut self) {
+        self.coordinator.iter_mut().for_each(|(host, _)| host.flush_all());
+        self.shards.values_mut().for_each(|(host, _)| host.flush_all());
+    }
+
     /// A node with an empty disk, not started yet.
     pub fn new(id: NodeId, cx: &mut Context) -> Node {
         let placement = Placement { shards: cx.plan.shards() };
@@ -74,7 +80,7 @@ impl Node {
                 coordinator = Some((host, driver::Driver::new(id, &cx.plan)));
             } else {
                 let shard = ShardId(group.0);
-                let host = Host::new(group, seat, ShardConfig { shard, placement }, cx);
+                let host = Host::new(group, seat, ShardConfig { shard, placement, sweep_interval: 16 }, cx);
                 shards.insert(shard, (host, shard::Driver::default()));
             }
         }

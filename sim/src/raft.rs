@@ -48,7 +48,7 @@ pub struct Entry {
 }
 
 /// The state of a machine at an index.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Snapshot {
     /// The index of the last entry in it.
     pub index: u64,

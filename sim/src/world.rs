@@ -433,6 +433,9 @@ impl World {
             self.clients.insert(SWEEPER, client);
             return false;
         }
+        for node in self.nodes.values_mut() {
+            node.flush();
+        }
         let rest = Rest { nodes: &self.nodes };
         self.cx.witness.rest(self.cx.now, &rest);
         true

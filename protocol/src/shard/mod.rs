@@ -23,18 +23,26 @@
 mod evaluate;
 mod holders;
 mod locks;
+mod numbers;
 mod rows;
+mod versions;
 
-use std::collections::{BTreeMap, BTreeSet, hash_map::Entry};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    hash::{Hash, Hasher},
+};
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use self::{
     evaluate::{ByRow, Use},
-    locks::{Answer, Claim, Mode, RowLock, Ticket},
+    locks::{Answer, Claim, Mode, Ticket},
+    numbers::Numbers,
+    rows::{Row, Rows, Slot},
 };
 use crate::{
-    batch::{Part, Placement, RowKey},
+    batch::{Part, Placement},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, Number, ShardId, Stamp},
     machine::{Machine, decode, encode},
     messages::{
@@ -47,25 +55,11 @@ use crate::{
 
 const PART_TABLE: u8 = 0x12;
 const PEER_TABLE: u8 = 0x13;
-const FINISHED_TABLE: u8 = 0x14;
 const CONFIG_TABLE: u8 = 0x15;
-const SWEEP_TABLE: u8 = 0x16;
-const NEWEST_TABLE: u8 = 0x17;
+const PROGRESS_TABLE: u8 = 0x16;
 
-/// A sweep goes on with each entry whose index this divides, and with each that adds many versions itself: to begin costs as much as to
-/// look at some dozens.
-const SWEEP_INTERVAL: u64 = 16;
-/// So many versions are many.
-const MANY_VERSIONS: usize = 16;
-
-/// How many versions a sweep looks at with this entry: in all at least twice as many as are added. So a sweep ends before half as many
-/// have come as there are, and at most about as many are kept needlessly as are needed.
-fn swept_with(index: u64, written: usize) -> usize {
-    let small_entries =
-        if index.is_multiple_of(SWEEP_INTERVAL) { SWEEP_INTERVAL as usize * MANY_VERSIONS } else { 0 };
-    let own = if written >= MANY_VERSIONS { written } else { 0 };
-    2 * (small_entries + own)
-}
+/// How many versions are added between two pieces of a sweep, in the product. To begin a piece costs as much as to look at some dozens.
+pub const SWEEP_INTERVAL: u32 = 4096;
 
 /// What all replicas of a shard must know and have equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -74,6 +68,8 @@ pub struct ShardConfig {
     pub shard: ShardId,
     /// Where partitions live.
     pub placement: Placement,
+    /// A sweep goes on when so many versions were added: mostly [`SWEEP_INTERVAL`].
+    pub sweep_interval: u32,
 }
 
 /// One entry of a shard's log.
@@ -119,20 +115,28 @@ struct Peer {
     /// comes later, must not be committed at it any more.
     refused: Number,
     /// Finished numbers above the mark.
-    finished: BTreeSet<Number>,
+    finished: Numbers,
+    /// Whether it has changed since it was stored.
+    changed: bool,
 }
+
+/// What is stored of a [`Peer`]: epoch, mark, history, refused, and the finished numbers as runs.
+type StoredPeer = (Epoch, Number, Stamp, Number, Vec<(Number, u64)>);
 
 impl Peer {
     fn is_finished(&self, number: Number) -> bool {
-        number <= self.mark || self.finished.contains(&number)
+        number <= self.mark || self.finished.contains(number)
     }
 
-    fn save(&self, store: &mut dyn Store, coordinator: GroupId) -> Result<(), StoreError> {
-        store.put(&peer_key(coordinator), &encode(&(self.epoch, self.mark, self.history, self.refused)))
+    /// Something of it has changed, but for the finished numbers.
+    fn note(&mut self, store: &mut dyn Store, coordinator: GroupId) {
+        let is = encode(&(self.epoch, self.mark, self.history, self.refused));
+        store.note(&[&peer_key(coordinator), &is]);
+        self.changed = true;
     }
 
-    /// Whether anything of it is stored.
-    fn is_stored(&self) -> bool {
+    /// Whether the coordinator has said anything that lasts.
+    fn is_known(&self) -> bool {
         self.epoch > Epoch(0) || self.mark > Number::default() || self.history > Stamp(0)
     }
 }
@@ -146,6 +150,8 @@ struct Sweep {
     began: Stamp,
     /// The mark with which the last one that has ended began.
     done: Stamp,
+    /// Versions that were added since it last went on.
+    written: u64,
 }
 
 /// Where a held part stands.
@@ -184,6 +190,34 @@ impl Held {
     }
 }
 
+/// What a part holds, or waits for: the rows in key order.
+type Seats = SmallVec<[(Slot, Claim); 3]>;
+
+/// A part in memory. Its seats follow from the rest.
+#[derive(Clone, Debug)]
+struct Kept {
+    held: Held,
+    seats: Seats,
+    /// Whether the store has it.
+    stored: bool,
+    /// Whether the store doesn't have it as it is.
+    changed: bool,
+}
+
+impl PartialEq for Kept {
+    fn eq(&self, other: &Kept) -> bool {
+        self.held == other.held
+    }
+}
+
+impl Eq for Kept {}
+
+impl Hash for Kept {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.held.hash(state);
+    }
+}
+
 /// A part that is held, for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldSince {
@@ -214,17 +248,20 @@ pub struct ShardCounts {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Shard {
     config: ShardConfig,
+    /// Where partitions live, as the first coordinator told it.
+    placement: Option<Placement>,
     peers: BTreeMap<GroupId, Peer>,
-    parts: PointMap<(GroupId, BatchId), Box<Held>>,
+    parts: PointMap<(GroupId, BatchId), Box<Kept>>,
     /// The same parts by number: every part is in both.
     tickets: BTreeMap<Ticket, BatchId>,
-    /// Rows that somebody holds or waits for.
-    locks: PointMap<RowKey, RowLock>,
+    rows: Rows,
+    /// Parts that are gone, and that the store still has.
+    gone: BTreeSet<(GroupId, BatchId)>,
     sweep: Sweep,
     /// The greatest stamp of all that was carried out here.
     newest: Stamp,
-    /// Versions that the present entry has added.
-    written: usize,
+    /// Whether one of these two has changed since they were stored.
+    changed: bool,
 }
 
 impl Machine for Shard {
@@ -232,46 +269,68 @@ impl Machine for Shard {
     type Config = ShardConfig;
 
     fn open(config: &ShardConfig, store: &dyn Store) -> Result<Shard, StoreError> {
-        if let Some(bytes) = store.get(&[CONFIG_TABLE])? {
-            check_placement(decode("placement", &bytes)?, config.placement)?;
-        }
         let mut shard = Shard {
             config: *config,
+            placement: None,
             peers: BTreeMap::new(),
             parts: PointMap::default(),
             tickets: BTreeMap::new(),
-            locks: PointMap::default(),
+            rows: Rows::default(),
+            gone: BTreeSet::new(),
             sweep: Sweep::default(),
             newest: Stamp(0),
-            written: 0,
+            changed: false,
         };
-        if let Some(bytes) = store.get(&[NEWEST_TABLE])? {
-            shard.newest = decode("newest stamp", &bytes)?;
+        if let Some(bytes) = store.get(&[CONFIG_TABLE])? {
+            let placement = decode("placement", &bytes)?;
+            check_placement(placement, config.placement)?;
+            shard.placement = Some(placement);
         }
-        if let Some(bytes) = store.get(&[SWEEP_TABLE])? {
-            shard.sweep = decode("sweep", &bytes)?;
+        if let Some(bytes) = store.get(&[PROGRESS_TABLE])? {
+            (shard.newest, shard.sweep) = decode("progress", &bytes)?;
         }
         shard.load_peers(store)?;
         shard.load_parts(store)?;
         Ok(shard)
     }
 
-    fn apply(&mut self, store: &mut dyn Store, index: u64, command: &[u8]) -> Result<ShardReply, StoreError> {
+    fn apply(&mut self, store: &mut dyn Store, _: u64, command: &[u8]) -> Result<ShardReply, StoreError> {
         let entry: ShardEntry = decode("shard entry", command)?;
         let mut reply = ShardReply::default();
         let proposed = Proposed { now: entry.now, parts_max: entry.parts_max as usize };
-        let newest = self.newest;
         for message in entry.messages {
             self.take(store, proposed, message, &mut reply)?;
         }
-        if self.newest > newest {
-            store.put(&[NEWEST_TABLE], &encode(&self.newest))?;
-        }
-        match swept_with(index, std::mem::take(&mut self.written)) {
-            0 => {}
-            most => self.sweep(store, most)?,
+        if self.sweep.written >= u64::from(self.config.sweep_interval) {
+            self.sweep(store)?;
         }
         Ok(reply)
+    }
+
+    fn flush(&mut self, store: &mut dyn Store, keep_bytes: usize) -> Result<(), StoreError> {
+        for (coordinator, peer) in &mut self.peers {
+            if std::mem::take(&mut peer.changed) {
+                let Peer { epoch, mark, history, refused, .. } = *peer;
+                let stored: StoredPeer = (epoch, mark, history, refused, peer.finished.runs());
+                store.bring(&peer_key(*coordinator), Some(&encode(&stored)))?;
+            }
+        }
+        for (coordinator, id) in std::mem::take(&mut self.gone) {
+            store.bring(&part_key(coordinator, id), None)?;
+        }
+        for (ticket, id) in &self.tickets {
+            let part = self.parts.get_mut(&(ticket.coordinator, *id)).expect("every part is in both");
+            if std::mem::take(&mut part.changed) {
+                part.stored = true;
+                store.bring(&part_key(ticket.coordinator, *id), Some(&encode(&part.held)))?;
+            }
+        }
+        if std::mem::take(&mut self.changed) {
+            store.bring(&[PROGRESS_TABLE], Some(&encode(&(self.newest, &self.sweep))))?;
+        }
+        self.rows.store_all(store)?;
+        self.rows.trim(keep_bytes);
+        Ok(())
     }
 }
 
@@ -285,7 +344,7 @@ impl Shard {
     pub fn counts(&self) -> ShardCounts {
         let mut counts = ShardCounts::default();
         for (ticket, id) in &self.tickets {
-            let held = &self.parts[&(ticket.coordinator, *id)];
+            let held = &self.parts[&(ticket.coordinator, *id)].held;
             match held.stand {
                 Stand::Yes => {
                     counts.in_doubt += 1;
@@ -297,14 +356,14 @@ impl Shard {
                 Stand::Committed(_) => counts.settled += 1,
             }
         }
-        counts.held_rows = self.locks.count(RowLock::is_held) as u32;
+        counts.held_rows = self.rows.held() as u32;
         counts
     }
 
     /// All parts that are held, by coordinator and number.
     pub fn held(&self) -> impl Iterator<Item = HeldSince> + '_ {
         self.tickets.iter().map(|(ticket, id)| {
-            let held = &self.parts[&(ticket.coordinator, *id)];
+            let held = &self.parts[&(ticket.coordinator, *id)].held;
             HeldSince { part: listed(*id, held), coordinator: ticket.coordinator, since: held.since }
         })
     }
@@ -326,7 +385,7 @@ impl Shard {
 
     /// The history mark: no coordinator reads at a position below it.
     pub fn history(&self) -> Stamp {
-        let stored = self.peers.values().filter(|peer| peer.is_stored());
+        let stored = self.peers.values().filter(|peer| peer.is_known());
         stored.map(|peer| peer.history).min().unwrap_or_default()
     }
 
@@ -339,7 +398,7 @@ impl Shard {
         coordinator: GroupId,
         read: &ShardRead,
     ) -> Result<Option<ShardReadAnswer>, StoreError> {
-        let undecided = |id| self.parts.get(&(coordinator, id)).is_some_and(|held| !held.is_committed());
+        let undecided = |id| self.parts.get(&(coordinator, id)).is_some_and(|part| !part.held.is_committed());
         if read.wait_for.iter().any(|id| undecided(*id)) {
             return Ok(None);
         }
@@ -358,8 +417,8 @@ impl Shard {
         if !read.known {
             let in_doubt: BTreeSet<BatchId> = rows
                 .iter()
-                .filter_map(|row| self.locks.get(row))
-                .flat_map(|lock| lock.writers())
+                .filter_map(|row| self.rows.find(row))
+                .flat_map(|row| row.lock().writers())
                 .map(|ticket| self.tickets[&ticket])
                 .collect();
             if !in_doubt.is_empty() {
@@ -371,7 +430,7 @@ impl Shard {
             ShardQuery::Rows(rows) => {
                 let mut values = Vec::with_capacity(rows.len());
                 for row in rows {
-                    let at = rows::at(store, row, read.position)?;
+                    let at = self.rows.at(store, row, read.position)?;
                     bytes += at.value.bytes();
                     if bytes > READ_BYTES_MAX {
                         return Ok(Some(ShardReadAnswer::TooLarge));
@@ -381,7 +440,7 @@ impl Shard {
                 ShardReadAnswer::Rows(values)
             }
             ShardQuery::History { row, from, limit } => {
-                let (changes, next) = rows::history(store, row, *from, read.position, *limit)?;
+                let (changes, next) = self.rows.history(store, row, *from, read.position, *limit)?;
                 let oldest = if history == Stamp(0) { history } else { Stamp(history.0 + 1) };
                 ShardReadAnswer::History { changes, next, oldest }
             }
@@ -396,27 +455,28 @@ impl Shard {
         reply: &mut ShardReply,
     ) -> Result<(), StoreError> {
         let coordinator = message.coordinator;
-        match store.get(&[CONFIG_TABLE])? {
-            None => store.put(&[CONFIG_TABLE], &encode(&message.placement))?,
-            Some(bytes) => {
-                let stored: Placement = decode("placement", &bytes)?;
-                if stored != message.placement {
-                    reply.alarms.push(format!(
-                        "coordinator {coordinator} speaks of {} shards, this shard is one of {}: nothing of it is taken",
-                        message.placement.shards, stored.shards
-                    ));
-                    return Ok(());
-                }
+        match self.placement {
+            None => {
+                store.put(&[CONFIG_TABLE], &encode(&message.placement))?;
+                self.placement = Some(message.placement);
             }
+            Some(told) if told != message.placement => {
+                reply.alarms.push(format!(
+                    "coordinator {coordinator} speaks of {} shards, this shard is one of {}: nothing of it is taken",
+                    message.placement.shards, told.shards
+                ));
+                return Ok(());
+            }
+            Some(_) => {}
         }
-        self.raise_mark(store, coordinator, message.mark, reply)?;
+        self.raise_mark(store, coordinator, message.mark, reply);
         let peer = self.peers.entry(coordinator).or_default();
         if message.history > peer.history {
             peer.history = message.history;
-            peer.save(store, coordinator)?;
+            peer.note(store, coordinator);
         }
         if message.greet {
-            let greeting = self.greet(store, coordinator, message.epoch)?;
+            let greeting = self.greet(store, coordinator, message.epoch);
             reply.to(coordinator).greeting = Some(greeting);
         }
         let mut behind = Behind::default();
@@ -431,7 +491,7 @@ impl Shard {
             reply.to(coordinator).done.push(done);
         }
         // Once for all outcomes of the message: a long line is looked at as a whole.
-        self.let_in(store, behind, reply)?;
+        self.let_in(store, behind, reply);
         for prepare in message.prepares {
             let (id, number, sole) = (prepare.id, prepare.number, prepare.sole.is_some());
             let vote = self.prepare(store, proposed, coordinator, prepare, reply)?;
@@ -442,7 +502,7 @@ impl Shard {
                 VoteKind::Yes | VoteKind::No(_) | VoteKind::Waiting | VoteKind::Committed(_)
             );
             if sole && !is_held && vote.kind != VoteKind::OldEpoch {
-                self.forget(store, coordinator, number)?;
+                self.forget(store, coordinator, number);
             }
             reply.to(coordinator).votes.push(Vote { id, number: vote.number, kind: vote.kind });
         }
@@ -456,10 +516,10 @@ impl Shard {
         coordinator: GroupId,
         mark: Number,
         reply: &mut ShardReply,
-    ) -> Result<(), StoreError> {
+    ) {
         let peer = self.peers.entry(coordinator).or_default();
         if mark <= peer.mark {
-            return Ok(());
+            return;
         }
         let up_to_mark = ..=Ticket { number: mark, coordinator: GroupId(u32::MAX) };
         let mut held = self.tickets.range(up_to_mark);
@@ -469,33 +529,25 @@ impl Shard {
                  the mark is ignored",
                 ticket.number
             ));
-            return Ok(());
+            return;
         }
-        let above = peer.finished.split_off(&Number { epoch: mark.epoch, sequence: mark.sequence + 1 });
-        for number in std::mem::replace(&mut peer.finished, above) {
-            store.delete(&finished_key(coordinator, number))?;
-        }
+        peer.finished.remove_up_to(mark);
         peer.mark = mark;
-        peer.save(store, coordinator)
+        peer.note(store, coordinator);
     }
 
     /// Rule R11: the epoch is recorded before anything is listed.
-    fn greet(
-        &mut self,
-        store: &mut dyn Store,
-        coordinator: GroupId,
-        epoch: Epoch,
-    ) -> Result<Greeting, StoreError> {
+    fn greet(&mut self, store: &mut dyn Store, coordinator: GroupId, epoch: Epoch) -> Greeting {
         let peer = self.peers.entry(coordinator).or_default();
         if epoch > peer.epoch {
             peer.epoch = epoch;
-            peer.save(store, coordinator)?;
+            peer.note(store, coordinator);
         }
         // An answer to a deposed leader may reach the one whose epoch is recorded, so it lists everything too.
         let epoch = peer.epoch;
         let mine = self.held().filter(|held| held.coordinator == coordinator);
         let parts = mine.map(|held| held.part).collect();
-        Ok(Greeting { epoch, parts })
+        Greeting { epoch, parts }
     }
 
     fn prepare(
@@ -515,7 +567,7 @@ impl Shard {
         if peer.is_finished(number) {
             return answer(VoteKind::Finished);
         }
-        let held = self.parts.get(&(coordinator, id));
+        let held = self.parts.get(&(coordinator, id)).map(|part| &part.held);
         if let Some(held) = held
             && held.is_committed()
             && held.hash == prepare.hash
@@ -525,7 +577,7 @@ impl Shard {
         }
         let held = held.map(|held| (held.number, held.hash, held.vote()));
         for given_up in prepare.gives_up {
-            self.forget(store, coordinator, given_up)?;
+            self.forget(store, coordinator, given_up);
         }
         if let Some((held, hash, vote)) = held {
             if held == number {
@@ -539,8 +591,8 @@ impl Shard {
             }
             // The coordinator has given up the earlier try; votes count only under one number.
             let mut behind = Behind::default();
-            self.remove(store, coordinator, id, &mut behind)?;
-            self.let_in(store, behind, reply)?;
+            self.remove(store, coordinator, id, &mut behind);
+            self.let_in(store, behind, reply);
         }
         if self.parts.len() >= proposed.parts_max {
             return answer(VoteKind::Overloaded);
@@ -553,11 +605,12 @@ impl Shard {
             stand: Stand::Waiting,
             since: proposed.now,
         };
-        let rows = evaluate::by_row(&held.operations);
+        let uses = evaluate::by_row(&held.operations);
+        let mut seats = self.seats(store, &uses)?;
         let ticket = Ticket { number, coordinator };
         let refused = self.peers[&coordinator].refused;
         let sole = prepare.sole.filter(|_| held.shards == [self.config.shard] && number > refused);
-        let stand = match (self.judge(store, ticket, &rows)?, sole) {
+        let stand = match (self.judge(ticket, &uses, &seats), sole) {
             (Verdict::Conflict, _) => return answer(VoteKind::Conflict),
             (Verdict::Waits, _) => Stand::Waiting,
             // Above all that was done here: the order of stamps is the order of the effects, of conditions and floors too.
@@ -565,21 +618,22 @@ impl Shard {
             (Verdict::Yes, _) => Stand::Yes,
             (Verdict::No(abort), _) => Stand::No(abort),
         };
-        self.stand_in_line(ticket, &rows, &stand);
-        drop(rows);
+        drop(uses);
+        self.stand_in_line(ticket, &mut seats, &stand);
         if let Stand::Committed(stamp) = stand {
             // The commit point. What is left is to remember it until the coordinators do.
             let operations = std::mem::take(&mut held.operations);
-            self.carry_out(store, id, stamp, &operations)?;
+            self.carry_out(store, id, stamp, &operations, &seats)?;
+            seats.clear();
         }
         if let Stand::No(_) = stand {
-            self.note_refusal(store, ticket)?;
+            self.note_refusal(store, ticket);
         }
         held.stand = stand;
         let vote = held.vote();
-        store.put_new(&part_key(coordinator, id), &encode(&held))?;
+        self.note_part(store, ticket, id, Some(&held.stand));
         self.tickets.insert(ticket, id);
-        self.parts.insert((coordinator, id), Box::new(held));
+        self.parts.insert((coordinator, id), Box::new(Kept { held, seats, stored: false, changed: true }));
         answer(vote)
     }
 
@@ -593,24 +647,26 @@ impl Shard {
     ) -> Result<Done, StoreError> {
         let PartOutcome { id, number, commit, gives_up } = outcome;
         let known = self.peers.entry(coordinator).or_default().is_finished(number);
-        let held = self.parts.get(&(coordinator, id));
+        let part = self.parts.get_mut(&(coordinator, id));
+        let held = part.as_ref().map(|part| &part.held);
         let ends = held.is_some_and(|held| held.number == number || gives_up.contains(&held.number));
         let mut lost = false;
-        match (commit, held) {
-            (Some(stamp), Some(held)) if held.number == number && held.stand == Stand::Yes => {
-                let held = self.parts.get_mut(&(coordinator, id)).expect("it was found above");
-                let operations = std::mem::take(&mut held.operations);
-                self.carry_out(store, id, stamp, &operations)?;
-                let held = self.parts.get_mut(&(coordinator, id)).expect("carrying out removes no part");
-                held.operations = operations;
+        match (commit, part) {
+            (Some(stamp), Some(part)) if part.held.number == number && part.held.stand == Stand::Yes => {
+                let operations = std::mem::take(&mut part.held.operations);
+                let seats = std::mem::take(&mut part.seats);
+                self.carry_out(store, id, stamp, &operations, &seats)?;
+                // It still stands in its lines.
+                self.parts.get_mut(&(coordinator, id)).expect("carrying out removes no part").seats = seats;
             }
             // Carried out before. Now that it is recorded it needs no memory here.
-            (Some(stamp), Some(held)) if held.number == number && held.stand == Stand::Committed(stamp) => {}
+            (Some(stamp), Some(part))
+                if part.held.number == number && part.held.stand == Stand::Committed(stamp) => {}
             // What has happened can't be decided otherwise.
-            (_, Some(held)) if ends && held.is_committed() => {
+            (_, Some(part)) if ends && part.held.is_committed() => {
                 alarms.push(format!(
                     "batch {id} is told to end with {commit:?} under {number}, but this shard has committed it: {:?}",
-                    held.stand
+                    part.held.stand
                 ));
                 return Ok(Done { id, number, lost: true });
             }
@@ -625,10 +681,10 @@ impl Shard {
             return Ok(Done { id, number, lost });
         }
         if ends {
-            self.remove(store, coordinator, id, behind)?;
+            self.remove(store, coordinator, id, behind);
         }
         for ended in gives_up.into_iter().chain([number]) {
-            self.forget(store, coordinator, ended)?;
+            self.forget(store, coordinator, ended);
         }
         Ok(Done { id, number, lost })
     }
@@ -640,104 +696,121 @@ impl Shard {
         id: BatchId,
         stamp: Stamp,
         operations: &Part,
+        seats: &Seats,
     ) -> Result<(), StoreError> {
         let history = self.history();
         self.newest = self.newest.max(stamp);
-        for Use { row, operations, claim } in evaluate::by_row(operations) {
+        self.changed = true;
+        let mut by_row = None;
+        for (place, (slot, claim)) in seats.iter().enumerate() {
             if !claim.writes {
                 continue;
             }
-            self.written += 1;
+            self.sweep.written += 1;
             if claim.mode == Mode::Add {
-                rows::add(store, row, id, stamp, claim.delta, history)?;
+                self.rows.add(store, *slot, id, stamp, claim.delta, history)?;
                 continue;
             }
-            let before = rows::settled(store, row)?;
-            let after = evaluate::run(&operations, &before).unwrap_or_else(|abort| {
-                panic!("batch {id} was granted row {row:?} and now fails: {abort:?}")
+            let operations = &by_row.get_or_insert_with(|| evaluate::by_row(operations))[place].operations;
+            let before = self.rows.row(*slot).settled().clone();
+            let after = evaluate::run(operations, &before).unwrap_or_else(|abort| {
+                panic!("batch {id} was granted row {:?} and now fails: {abort:?}", self.rows.row(*slot).key())
             });
             match (&before.value, &after) {
                 (RowValue::Absent, RowValue::Balance(sum)) => {
-                    rows::add(store, row, id, stamp, *sum, history)?
+                    self.rows.add(store, *slot, id, stamp, *sum, history)?
                 }
                 (RowValue::Balance(old), RowValue::Balance(new)) => {
                     let delta = new.checked_sub(*old).expect("deltas on a row add up to 128 bits");
-                    rows::add(store, row, id, stamp, delta, history)?;
+                    self.rows.add(store, *slot, id, stamp, delta, history)?;
                 }
-                _ => rows::replace(store, row, id, stamp, after)?,
+                _ => self.rows.replace(store, *slot, id, stamp, after),
             }
         }
         Ok(())
     }
 
+    /// The rows of a part in memory, with what it claims of each.
+    fn seats(&mut self, store: &dyn Store, uses: &ByRow<'_>) -> Result<Seats, StoreError> {
+        uses.iter().map(|Use { row, claim, .. }| Ok((self.rows.seat(store, row)?, *claim))).collect()
+    }
+
     /// Whether a part can be granted now, for all its rows together.
-    fn judge(&self, store: &dyn Store, ticket: Ticket, rows: &ByRow<'_>) -> Result<Verdict, StoreError> {
+    fn judge(&self, ticket: Ticket, uses: &ByRow<'_>, seats: &Seats) -> Verdict {
         let mut verdict = Verdict::Yes;
-        let free = RowLock::default();
-        for Use { row, operations, claim } in rows {
-            let lock = self.locks.get(*row).unwrap_or(&free);
-            let one = match lock.admits(ticket, claim) {
+        for (Use { operations, .. }, (slot, claim)) in uses.iter().zip(seats) {
+            let row = self.rows.row(*slot);
+            let one = match row.lock().admits(ticket, claim) {
                 Answer::Conflict => Verdict::Conflict,
                 Answer::Waits => Verdict::Waits,
-                Answer::Granted => judge_row(store, ticket, row, operations, claim, lock)?,
+                Answer::Granted => judge_row(ticket, row, operations, claim),
                 Answer::TooLow | Answer::TooHigh => unreachable!("being admitted isn't about amounts"),
             };
             verdict = verdict.and(one);
         }
-        Ok(verdict)
+        verdict
     }
 
-    /// Enters a part into the lines of its rows, as a holder or as one who waits.
-    fn stand_in_line(&mut self, ticket: Ticket, rows: &ByRow<'_>, stand: &Stand) {
-        for Use { row, claim, .. } in rows {
-            match stand {
-                Stand::Yes => self.locks.entry((*row).clone()).or_default().hold(ticket, *claim),
-                Stand::Waiting => self.locks.entry((*row).clone()).or_default().wait(ticket, *claim),
-                Stand::No(_) | Stand::Committed(_) => {}
+    /// Enters a part into the lines of its rows, as a holder or as one who waits. Who does neither has no seats.
+    fn stand_in_line(&mut self, ticket: Ticket, seats: &mut Seats, stand: &Stand) {
+        match stand {
+            Stand::Yes => {
+                seats.iter().for_each(|(slot, claim)| self.rows.lock_mut(*slot).hold(ticket, *claim));
             }
+            Stand::Waiting => {
+                seats.iter().for_each(|(slot, claim)| self.rows.lock_mut(*slot).wait(ticket, *claim));
+            }
+            Stand::No(_) => seats.clear(),
+            // Its effects come at once.
+            Stand::Committed(_) => {}
+        }
+    }
+
+    /// A part has come, changed or gone.
+    fn note_part(&self, store: &mut dyn Store, ticket: Ticket, id: BatchId, stand: Option<&Stand>) {
+        let Ticket { number, coordinator } = ticket;
+        let (epoch, sequence) = (number.epoch.0.to_be_bytes(), number.sequence.to_be_bytes());
+        let key = part_key(coordinator, id);
+        match stand {
+            // By far the most.
+            None => store.note(&[&key, &epoch, &sequence]),
+            Some(Stand::Yes) => store.note(&[&key, &epoch, &sequence, &[1]]),
+            Some(stand) => store.note(&[&key, &epoch, &sequence, &encode(stand)]),
         }
     }
 
     /// Takes a part out, and collects who stands behind it.
-    fn remove(
-        &mut self,
-        store: &mut dyn Store,
-        coordinator: GroupId,
-        id: BatchId,
-        behind: &mut Behind,
-    ) -> Result<(), StoreError> {
-        let held = self.parts.remove(&(coordinator, id)).expect("only held parts are removed");
-        let ticket = Ticket { number: held.number, coordinator };
-        self.tickets.remove(&ticket);
+    fn remove(&mut self, store: &mut dyn Store, coordinator: GroupId, id: BatchId, behind: &mut Behind) {
+        let part = self.parts.remove(&(coordinator, id)).expect("only held parts are removed");
+        let ticket = Ticket { number: part.held.number, coordinator };
         behind.tickets.remove(&ticket);
-        store.delete(&part_key(coordinator, id))?;
-        self.forget(store, coordinator, held.number)?;
-        self.leave_line(ticket, &held.operations, behind);
-        Ok(())
+        self.end(store, ticket, id, part.stored);
+        self.forget(store, coordinator, ticket.number);
+        self.leave_line(ticket, &part.seats, behind);
+    }
+
+    /// A part is in memory no more.
+    fn end(&mut self, store: &mut dyn Store, ticket: Ticket, id: BatchId, stored: bool) {
+        self.tickets.remove(&ticket);
+        self.note_part(store, ticket, id, None);
+        if stored {
+            self.gone.insert((ticket.coordinator, id));
+        }
     }
 
     /// Looks again at parts that wait, in order, and at those behind the ones that no longer do.
-    fn let_in(
-        &mut self,
-        store: &mut dyn Store,
-        mut behind: Behind,
-        reply: &mut ShardReply,
-    ) -> Result<(), StoreError> {
+    fn let_in(&mut self, store: &mut dyn Store, mut behind: Behind, reply: &mut ShardReply) {
         while let Some(ticket) = behind.tickets.pop_first() {
-            self.reconsider(store, ticket, &mut behind, reply)?;
+            self.reconsider(store, ticket, &mut behind, reply);
         }
-        Ok(())
     }
 
     /// Takes a ticket out of the lines of its rows, and collects who stands behind it.
-    fn leave_line(&mut self, ticket: Ticket, operations: &Part, behind: &mut Behind) {
-        for (_, operation) in operations {
-            let Entry::Occupied(mut place) = self.locks.entry(operation.row.clone()) else { continue };
-            let lock = place.get_mut();
+    fn leave_line(&mut self, ticket: Ticket, seats: &Seats, behind: &mut Behind) {
+        for (slot, _) in seats {
+            let lock = self.rows.lock_mut(*slot);
             lock.remove(ticket);
-            if lock.is_free() {
-                place.remove();
-            } else if lock.is_waited_for() && behind.rows.insert(operation.row.clone()) {
+            if lock.is_waited_for() && behind.rows.insert(*slot) {
                 behind.tickets.extend(lock.waiting());
             }
         }
@@ -750,114 +823,110 @@ impl Shard {
         ticket: Ticket,
         behind: &mut Behind,
         reply: &mut ShardReply,
-    ) -> Result<(), StoreError> {
+    ) {
         let id = self.tickets[&ticket];
         let key = (ticket.coordinator, id);
-        let rows = evaluate::by_row(&self.parts[&key].operations);
-        let stand = match self.judge(store, ticket, &rows)? {
-            Verdict::Waits => return Ok(()),
+        let part = &self.parts[&key];
+        let stand = match self.judge(ticket, &evaluate::by_row(&part.held.operations), &part.seats) {
+            Verdict::Waits => return,
             Verdict::Yes => Some(Stand::Yes),
             Verdict::No(abort) => Some(Stand::No(abort)),
             Verdict::Conflict => None,
         };
-        drop(rows);
-        let mut held = self.parts.remove(&key).expect("who waits is held");
-        self.leave_line(ticket, &held.operations, behind);
+        let mut part = self.parts.remove(&key).expect("who waits is held");
+        self.leave_line(ticket, &part.seats, behind);
         let number = ticket.number;
         let Some(stand) = stand else {
             reply.to(ticket.coordinator).votes.push(Vote { id, number, kind: VoteKind::Conflict });
-            self.tickets.remove(&ticket);
-            return store.delete(&part_key(ticket.coordinator, id));
+            return self.end(store, ticket, id, part.stored);
         };
-        self.stand_in_line(ticket, &evaluate::by_row(&held.operations), &stand);
+        self.stand_in_line(ticket, &mut part.seats, &stand);
         if let Stand::No(_) = stand {
-            self.note_refusal(store, ticket)?;
+            self.note_refusal(store, ticket);
         }
-        held.stand = stand;
-        reply.to(ticket.coordinator).votes.push(Vote { id, number, kind: held.vote() });
-        store.put(&part_key(ticket.coordinator, id), &encode(&held))?;
-        self.parts.insert(key, held);
-        Ok(())
+        self.note_part(store, ticket, id, Some(&stand));
+        part.held.stand = stand;
+        part.changed = true;
+        reply.to(ticket.coordinator).votes.push(Vote { id, number, kind: part.held.vote() });
+        self.parts.insert(key, part);
     }
 
-    /// Looks at `most` versions, and drops those that no read will need.
-    fn sweep(&mut self, store: &mut dyn Store, most: usize) -> Result<(), StoreError> {
+    /// Looks at twice as many versions as were added, and drops those that no read will need: so a sweep ends before half as many have
+    /// come as there are, and at most about as many are kept needlessly as are needed.
+    fn sweep(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
+        let most = 2 * std::mem::take(&mut self.sweep.written) as usize;
+        self.changed = true;
         let history = self.history();
         if self.sweep.from.is_empty() {
             if history <= self.sweep.done {
                 return Ok(());
             }
-            self.sweep.from = rows::FIRST_VERSION.to_vec();
+            self.sweep.from = versions::FIRST_VERSION.to_vec();
             self.sweep.began = history;
         }
-        match rows::drop_versions(store, history, &self.sweep.from, most)? {
+        // It looks at what is stored.
+        self.rows.store_all(store)?;
+        match versions::drop_versions(store, history, &self.sweep.from, most)? {
             Some(next) => self.sweep.from = next,
             None => self.sweep = Sweep { done: self.sweep.began, ..Sweep::default() },
         }
-        store.put(&[SWEEP_TABLE], &encode(&self.sweep))
+        Ok(())
     }
 
-    fn note_refusal(&mut self, store: &mut dyn Store, ticket: Ticket) -> Result<(), StoreError> {
+    fn note_refusal(&mut self, store: &mut dyn Store, ticket: Ticket) {
         let peer = self.peers.entry(ticket.coordinator).or_default();
-        if ticket.number <= peer.refused {
-            return Ok(());
+        if ticket.number > peer.refused {
+            peer.refused = ticket.number;
+            peer.note(store, ticket.coordinator);
         }
-        peer.refused = ticket.number;
-        peer.save(store, ticket.coordinator)
     }
 
     /// Notes a number as finished: whatever comes with it is refused.
-    fn forget(
-        &mut self,
-        store: &mut dyn Store,
-        coordinator: GroupId,
-        number: Number,
-    ) -> Result<(), StoreError> {
+    fn forget(&mut self, store: &mut dyn Store, coordinator: GroupId, number: Number) {
         let peer = self.peers.entry(coordinator).or_default();
         if number > peer.mark && peer.finished.insert(number) {
-            store.put_new(&finished_key(coordinator, number), &[])?;
+            peer.changed = true;
+            let (epoch, sequence) = (number.epoch.0.to_be_bytes(), number.sequence.to_be_bytes());
+            store.note(&[&peer_key(coordinator), &epoch, &sequence]);
         }
-        Ok(())
     }
 
     fn load_peers(&mut self, store: &dyn Store) -> Result<(), StoreError> {
         let mut failed = None;
         store.scan(&[PEER_TABLE], &[PEER_TABLE + 1], &mut |key, bytes| {
-            match decode::<(Epoch, Number, Stamp, Number)>("peer", bytes) {
+            match decode::<StoredPeer>("peer", bytes) {
                 Err(error) => failed = Some(error),
-                Ok((epoch, mark, history, refused)) => {
-                    let peer = Peer { epoch, mark, history, refused, finished: BTreeSet::new() };
+                Ok((epoch, mark, history, refused, runs)) => {
+                    let finished = Numbers::of_runs(runs);
+                    let peer = Peer { epoch, mark, history, refused, finished, changed: false };
                     self.peers.insert(group_of(key), peer);
                 }
             }
             failed.is_none()
         })?;
-        store.scan(&[FINISHED_TABLE], &[FINISHED_TABLE + 1], &mut |key, _| {
-            let word = |from: usize| u64::from_be_bytes(key[from..from + 8].try_into().expect("eight bytes"));
-            let number = Number { epoch: Epoch(word(5)), sequence: word(13) };
-            self.peers.entry(group_of(key)).or_default().finished.insert(number);
-            true
-        })?;
         failed.map_or(Ok(()), Err)
     }
 
     fn load_parts(&mut self, store: &dyn Store) -> Result<(), StoreError> {
-        let mut failed = None;
+        let mut found = Ok(Vec::new());
         store.scan(&[PART_TABLE], &[PART_TABLE + 1], &mut |key, bytes| {
-            match decode::<Held>("part", bytes) {
-                Err(error) => failed = Some(error),
-                Ok(held) => {
-                    let id = BatchId(key[5..21].try_into().expect("a part's key ends with its batch"));
-                    let coordinator = group_of(key);
-                    let ticket = Ticket { number: held.number, coordinator };
-                    self.stand_in_line(ticket, &evaluate::by_row(&held.operations), &held.stand);
-                    self.tickets.insert(ticket, id);
-                    self.parts.insert((coordinator, id), Box::new(held));
-                }
+            let id = BatchId(key[5..21].try_into().expect("a part's key ends with its batch"));
+            match (decode::<Held>("part", bytes), &mut found) {
+                (Ok(held), Ok(found)) => found.push((group_of(key), id, held)),
+                (Err(error), _) => found = Err(error),
+                (Ok(_), Err(_)) => {}
             }
-            failed.is_none()
+            found.is_ok()
         })?;
-        failed.map_or(Ok(()), Err)
+        for (coordinator, id, held) in found? {
+            let ticket = Ticket { number: held.number, coordinator };
+            let mut seats = self.seats(store, &evaluate::by_row(&held.operations))?;
+            self.stand_in_line(ticket, &mut seats, &held.stand);
+            self.tickets.insert(ticket, id);
+            self.parts
+                .insert((coordinator, id), Box::new(Kept { held, seats, stored: true, changed: false }));
+        }
+        Ok(())
     }
 }
 
@@ -888,7 +957,7 @@ fn check_placement(told: Placement, configured: Placement) -> Result<(), StoreEr
 /// they are looked at in ascending order, so taking in each line once is enough.
 #[derive(Default)]
 struct Behind {
-    rows: BTreeSet<RowKey>,
+    rows: BTreeSet<Slot>,
     tickets: BTreeSet<Ticket>,
 }
 
@@ -917,49 +986,47 @@ impl Verdict {
 }
 
 fn judge_row(
-    store: &dyn Store,
     ticket: Ticket,
-    row: &RowKey,
+    row: &Row,
     operations: &[(u32, &crate::batch::OperationKind)],
     claim: &Claim,
-    lock: &RowLock,
-) -> Result<Verdict, StoreError> {
-    let settled = rows::settled(store, row)?;
+) -> Verdict {
+    let (settled, lock) = (row.settled(), row.lock());
     if claim.mode != Mode::Add {
-        return Ok(match evaluate::run(operations, &settled) {
+        return match evaluate::run(operations, settled) {
             Ok(_) => Verdict::Yes,
             Err(abort) => Verdict::No(abort),
-        });
+        };
     }
     let balance = match settled.value {
         RowValue::Absent => 0,
         RowValue::Balance(balance) => balance,
-        RowValue::Record(_) => return Ok(Verdict::No(evaluate::wrong_kind(operations, &settled))),
+        RowValue::Record(_) => return Verdict::No(evaluate::wrong_kind(operations, settled)),
     };
-    Ok(match lock.fits(ticket, claim, balance) {
+    match lock.fits(ticket, claim, balance) {
         Answer::Granted => Verdict::Yes,
         Answer::Waits => Verdict::Waits,
         Answer::Conflict => Verdict::Conflict,
         Answer::TooLow => Verdict::No(evaluate::too_low(operations, lock.best(balance), balance)),
         Answer::TooHigh => Verdict::No(evaluate::too_high(operations, lock.least(balance), balance)),
-    })
+    }
 }
 
 fn listed(id: BatchId, held: &Held) -> HeldPart {
     HeldPart { number: held.number, id, hash: held.hash, shards: held.shards.clone(), vote: held.vote() }
 }
 
-fn part_key(coordinator: GroupId, id: BatchId) -> Vec<u8> {
-    [&[PART_TABLE], coordinator.0.to_be_bytes().as_slice(), &id.0].concat()
+fn part_key(coordinator: GroupId, id: BatchId) -> [u8; 21] {
+    let mut key = [PART_TABLE; 21];
+    key[1..5].copy_from_slice(&coordinator.0.to_be_bytes());
+    key[5..].copy_from_slice(&id.0);
+    key
 }
 
-fn peer_key(coordinator: GroupId) -> Vec<u8> {
-    [&[PEER_TABLE], coordinator.0.to_be_bytes().as_slice()].concat()
-}
-
-fn finished_key(coordinator: GroupId, number: Number) -> Vec<u8> {
-    let (epoch, sequence) = (number.epoch.0.to_be_bytes(), number.sequence.to_be_bytes());
-    [&[FINISHED_TABLE], coordinator.0.to_be_bytes().as_slice(), &epoch, &sequence].concat()
+fn peer_key(coordinator: GroupId) -> [u8; 5] {
+    let mut key = [PEER_TABLE; 5];
+    key[1..].copy_from_slice(&coordinator.0.to_be_bytes());
+    key
 }
 
 fn group_of(key: &[u8]) -> GroupId {

@@ -1,224 +1,335 @@
-//! Rows and their versions in the store.
+//! Rows in memory: those that somebody holds or waits for, those whose changes are not stored yet, and those that were used lately.
 //!
-//! A row's *settled* value holds exactly the committed batches that were applied here. Every change is kept as a version under
-//! its stamp. After a failover stamps may arrive out of order; only deltas can (writes of records are exclusive), and then the
-//! later versions are shifted, so the list is always what it would be had they come in order.
+//! A row is looked up by its key once for each part that uses it; from then on the part knows its *slot*. What a commit changes is
+//! kept here, and brought to the store with the next flush: the settled value once, however often it has changed, and every version.
 //!
-//! Of the versions at or below the history mark only the newest one of each row is needed.
+//! Invariants:
+//! - A row that is held, waited for or not stored keeps its slot. Others may go at any flush, and are read again.
+//! - Versions that are not stored are later than all that are: one that comes out of order is inserted among the stored ones, once the
+//!   others are there too ([`Rows::store`]).
+//! - Nothing here depends on when a flush happens, and nothing that is told does.
 
-use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use std::hash::{Hash, Hasher};
 
+use foldhash::quality::FixedState;
+use smallvec::SmallVec;
+
+use super::{
+    locks::RowLock,
+    versions::{self, Version, plus, row_key, version_key},
+};
 use crate::{
     batch::RowKey,
     ids::{BatchId, Stamp},
-    machine::{decode, encode},
+    machine::encode_into,
     messages::{READ_BYTES_MAX, RowAt, RowChange, RowValue},
+    point_map::PointMap,
     store::{Store, StoreError},
 };
 
-const ROW_TABLE: u8 = 0x10;
-const VERSION_TABLE: u8 = 0x11;
+/// What a row takes in memory beside its value, roughly.
+const ROW_BYTES: usize = 512;
 
-/// The lower bound of the keys of all versions.
-pub const FIRST_VERSION: &[u8] = &[VERSION_TABLE];
+/// The place of a row in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Slot(u32);
 
-/// A version as it is stored: `(row, stamp)` is its key.
-#[derive(Serialize, Deserialize)]
-struct Version {
-    id: BatchId,
-    delta: Option<i128>,
-    result: RowValue,
+/// A version that is not stored yet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Unstored {
+    stamp: Stamp,
+    /// As it will be stored.
+    bytes: SmallVec<[u8; 48]>,
 }
 
-fn row_key(row: &RowKey) -> Vec<u8> {
-    let mut key = Vec::with_capacity(1 + row.as_bytes().len());
-    key.push(ROW_TABLE);
-    key.extend_from_slice(row.as_bytes());
-    key
+/// A row in memory.
+#[derive(Clone, Debug)]
+pub struct Row {
+    key: RowKey,
+    settled: RowAt,
+    lock: RowLock,
+    /// In the order of stamps.
+    unstored: Vec<Unstored>,
+    /// Whether it was used since the hand came by.
+    used: bool,
 }
 
-/// The row, a NUL (which no name contains) and the stamp, so that versions sort by row, then by stamp.
-fn version_key(row: &RowKey, stamp: Stamp) -> Vec<u8> {
-    let mut key = Vec::with_capacity(10 + row.as_bytes().len());
-    key.push(VERSION_TABLE);
-    key.extend_from_slice(row.as_bytes());
-    key.push(0);
-    key.extend_from_slice(&stamp.0.to_be_bytes());
-    key
-}
-
-/// The end of the versions of a row: greater than the key of any of them.
-fn versions_end(row: &RowKey) -> Vec<u8> {
-    let mut key = version_key(row, Stamp(0));
-    key.truncate(key.len() - 9);
-    key.push(1);
-    key
-}
-
-fn stamp_of(key: &[u8]) -> Stamp {
-    let tail = key[key.len() - 8..].try_into().expect("a version's key ends with its stamp");
-    Stamp(u64::from_be_bytes(tail))
-}
-
-/// The settled value of a row.
-pub fn settled(store: &dyn Store, row: &RowKey) -> Result<RowAt, StoreError> {
-    let mut found = Ok(RowAt::default());
-    store.look(&row_key(row), &mut |bytes| found = decode("row", bytes))?;
-    found
-}
-
-/// What a row held at a position, of what has been applied.
-pub fn at(store: &dyn Store, row: &RowKey, position: Stamp) -> Result<RowAt, StoreError> {
-    let now = settled(store, row)?;
-    if now.version <= position {
-        return Ok(now);
+impl Row {
+    /// Its key.
+    pub fn key(&self) -> &RowKey {
+        &self.key
     }
-    let before = store.last(&version_key(row, Stamp(0)), &version_key(row, Stamp(position.0 + 1)))?;
-    match before {
-        None => Ok(RowAt::default()),
-        Some((key, bytes)) => {
-            let version: Version = decode("version", &bytes)?;
-            Ok(RowAt { version: stamp_of(&key), value: version.result })
+
+    /// Its settled value.
+    pub fn settled(&self) -> &RowAt {
+        &self.settled
+    }
+
+    /// Its line.
+    pub fn lock(&self) -> &RowLock {
+        &self.lock
+    }
+
+    /// Brings the settled value to the store, if it has changed.
+    fn store_settled(&self, store: &mut dyn Store, scratch: &mut Vec<u8>) -> Result<(), StoreError> {
+        if self.unstored.is_empty() {
+            return Ok(());
         }
+        scratch.clear();
+        *scratch = encode_into(std::mem::take(scratch), &self.settled);
+        store.bring(&row_key(&self.key), Some(scratch))
+    }
+
+    /// Brings the versions to the store.
+    fn store_versions(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
+        std::mem::take(&mut self.unstored).into_iter().try_for_each(|Unstored { stamp, bytes }| {
+            store.bring(&version_key(&self.key, stamp), Some(&bytes))
+        })
+    }
+
+    /// Whether it may go.
+    fn is_idle(&self) -> bool {
+        self.lock.is_free() && self.unstored.is_empty()
+    }
+
+    fn bytes(&self) -> usize {
+        ROW_BYTES + self.settled.value.bytes()
     }
 }
 
-/// The changes of a row with stamps in `from..=position`, at most `limit` and about [`READ_BYTES_MAX`], and where the list goes on.
-pub fn history(
-    store: &dyn Store,
-    row: &RowKey,
-    from: Stamp,
-    position: Stamp,
-    limit: usize,
-) -> Result<(Vec<RowChange>, Option<Stamp>), StoreError> {
-    let mut changes = Vec::new();
-    let mut next = None;
-    let mut failed = None;
-    let mut bytes = 0;
-    let end = version_key(row, Stamp(position.0.saturating_add(1)));
-    store.scan(&version_key(row, from), &end, &mut |key, value| {
-        if changes.len() == limit {
-            next = Some(stamp_of(key));
-            return false;
+/// The rows of a shard that are in memory.
+#[derive(Clone, Debug, Default)]
+pub struct Rows {
+    index: PointMap<RowKey, Slot>,
+    slots: Vec<Option<Row>>,
+    free: Vec<Slot>,
+    /// Rows with versions that are not stored.
+    changed: Vec<Slot>,
+    /// Where looking for rows that may go goes on.
+    hand: usize,
+    bytes: usize,
+    /// Where versions are encoded.
+    scratch: Vec<u8>,
+}
+
+impl Rows {
+    /// The slot of a row, which is read if it isn't in memory.
+    pub fn seat(&mut self, store: &dyn Store, key: &RowKey) -> Result<Slot, StoreError> {
+        if let Some(slot) = self.index.get(key) {
+            let slot = *slot;
+            self.row_mut(slot).used = true;
+            return Ok(slot);
         }
-        match decode::<Version>("version", value) {
-            Err(error) => failed = Some(error),
-            Ok(Version { id, delta, result }) => {
-                bytes += result.bytes();
-                if bytes > READ_BYTES_MAX && !changes.is_empty() {
-                    next = Some(stamp_of(key));
-                    return false;
-                }
-                changes.push(RowChange { id, stamp: stamp_of(key), delta, result });
+        let settled = versions::settled(store, key)?;
+        let row =
+            Row { key: key.clone(), settled, lock: RowLock::default(), unstored: Vec::new(), used: true };
+        self.bytes += row.bytes();
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            Slot(u32::try_from(self.slots.len() - 1).expect("rows in memory are bounded"))
+        });
+        self.slots[slot.0 as usize] = Some(row);
+        self.index.insert(key.clone(), slot);
+        Ok(slot)
+    }
+
+    /// The row in a slot.
+    pub fn row(&self, slot: Slot) -> &Row {
+        self.slots[slot.0 as usize].as_ref().expect("a row that is used keeps its slot")
+    }
+
+    /// The line of the row in a slot.
+    pub fn lock_mut(&mut self, slot: Slot) -> &mut RowLock {
+        &mut self.row_mut(slot).lock
+    }
+
+    /// A row, if it is in memory.
+    pub fn find(&self, key: &RowKey) -> Option<&Row> {
+        self.index.get(key).map(|slot| self.row(*slot))
+    }
+
+    /// How many are held.
+    pub fn held(&self) -> usize {
+        self.slots.iter().flatten().filter(|row| row.lock.is_held()).count()
+    }
+
+    /// What a row held at a position, of what has been applied.
+    pub fn at(&self, store: &dyn Store, key: &RowKey, position: Stamp) -> Result<RowAt, StoreError> {
+        let Some(row) = self.find(key) else {
+            let now = versions::settled(store, key)?;
+            return if now.version <= position { Ok(now) } else { versions::at(store, key, position) };
+        };
+        if row.settled.version <= position {
+            return Ok(row.settled.clone());
+        }
+        match row.unstored.iter().rev().find(|version| version.stamp <= position) {
+            Some(Unstored { stamp, bytes }) => {
+                Ok(RowAt { version: *stamp, value: Version::decode(bytes)?.result })
             }
+            None => versions::at(store, key, position),
         }
-        failed.is_none()
-    })?;
-    failed.map_or(Ok((changes, next)), Err)
-}
+    }
 
-/// Looks at `most` versions from a key on, and drops those that are followed by another one at or below the history mark. Gives the
-/// key where to go on, or none at the end.
-pub fn drop_versions(
-    store: &mut dyn Store,
-    history: Stamp,
-    from: &[u8],
-    most: usize,
-) -> Result<Option<Vec<u8>>, StoreError> {
-    let mut dropped = Vec::new();
-    let mut before: Vec<u8> = Vec::new();
-    let mut looked = 0;
-    let mut more = false;
-    store.scan(from, &[VERSION_TABLE + 1], &mut |key, _| {
-        let row = key.len() - 8;
-        if before.len() == key.len() && before[..row] == key[..row] && stamp_of(key) <= history {
-            dropped.push(std::mem::take(&mut before));
+    /// The changes of a row with stamps in `from..=position`, at most `limit` and about [`READ_BYTES_MAX`], and where the list goes on.
+    pub fn history(
+        &self,
+        store: &dyn Store,
+        key: &RowKey,
+        from: Stamp,
+        position: Stamp,
+        limit: usize,
+    ) -> Result<(Vec<RowChange>, Option<Stamp>), StoreError> {
+        let mut changes = Vec::new();
+        let (mut bytes, mut next, mut failed) = (0, None, None);
+        let mut take = |stamp: Stamp, encoded: &[u8]| {
+            if changes.len() == limit {
+                next = Some(stamp);
+                return false;
+            }
+            match Version::decode(encoded) {
+                Err(error) => failed = Some(error),
+                Ok(version) => {
+                    bytes += version.result.bytes();
+                    if bytes > READ_BYTES_MAX && !changes.is_empty() {
+                        next = Some(stamp);
+                        return false;
+                    }
+                    changes.push(version.at(stamp));
+                }
+            }
+            failed.is_none()
+        };
+        let mut goes_on = true;
+        versions::visit(store, key, from, position, &mut |stamp, encoded| {
+            goes_on = take(stamp, encoded);
+            goes_on
+        })?;
+        let unstored = self.find(key).map_or(&[][..], |row| &row.unstored);
+        for Unstored { stamp, bytes } in unstored.iter().filter(|version| version.stamp >= from) {
+            if !goes_on || *stamp > position {
+                break;
+            }
+            goes_on = take(*stamp, bytes);
         }
-        before.clear();
-        before.extend_from_slice(key);
-        looked += 1;
-        more = looked > most;
-        !more
-    })?;
-    dropped.iter().try_for_each(|key| store.delete(key))?;
-    // Whether the last one goes depends on the one behind it.
-    Ok(more.then_some(before))
-}
-
-/// Adds the sum of a batch's deltas to a balance, at the batch's stamp.
-pub fn add(
-    store: &mut dyn Store,
-    row: &RowKey,
-    id: BatchId,
-    stamp: Stamp,
-    delta: i128,
-    history: Stamp,
-) -> Result<(), StoreError> {
-    let now = settled(store, row)?;
-    if stamp > now.version {
-        let result = plus(&now.value, delta);
-        return write(store, row, id, stamp, Some(delta), result);
+        failed.map_or(Ok((changes, next)), Err)
     }
-    // Out of order: this batch comes before some that are already here.
-    let result = plus(&at(store, row, stamp)?.value, delta);
-    let mut later: Vec<(Vec<u8>, Bytes)> = Vec::new();
-    store.scan(&version_key(row, stamp), &versions_end(row), &mut |key, bytes| {
-        later.push((key.to_vec(), Bytes::copy_from_slice(bytes)));
-        true
-    })?;
-    let needed = later.first().is_none_or(|(key, _)| stamp_of(key) > history);
-    for (key, bytes) in later {
-        let mut version: Version = decode("version", &bytes)?;
-        assert!(stamp_of(&key) != stamp, "two batches have stamp {stamp} on row {row:?}");
-        version.result = plus(&version.result, delta);
-        store.put(&key, &encode(&version))?;
+
+    /// Adds the sum of a batch's deltas to a balance, at the batch's stamp.
+    pub fn add(
+        &mut self,
+        store: &mut dyn Store,
+        slot: Slot,
+        id: BatchId,
+        stamp: Stamp,
+        delta: i128,
+        history: Stamp,
+    ) -> Result<(), StoreError> {
+        let row = self.row(slot);
+        let sum = plus(&row.settled.value, delta);
+        if stamp > row.settled.version {
+            self.write(store, slot, stamp, Version { id, delta: Some(delta), result: sum });
+            return Ok(());
+        }
+        // Out of order: this batch comes before some that are already here.
+        self.store(store, slot)?;
+        let row = self.row_mut(slot);
+        row.settled.value = sum;
+        versions::insert(store, &row.key, id, stamp, delta, history)
     }
-    // What it would be shown from may be gone already if no read needs it.
-    if needed {
-        store.put(&version_key(row, stamp), &encode(&Version { id, delta: Some(delta), result }))?;
+
+    /// Writes a record, or its absence, at the batch's stamp.
+    pub fn replace(&mut self, store: &mut dyn Store, slot: Slot, id: BatchId, stamp: Stamp, value: RowValue) {
+        let Row { key, settled, .. } = self.row(slot);
+        assert!(
+            stamp > settled.version,
+            "a write of row {key:?} at stamp {stamp} comes after one at {}: its lock did not hold",
+            settled.version
+        );
+        self.write(store, slot, stamp, Version { id, delta: None, result: value });
     }
-    let shifted = RowAt { version: now.version, value: plus(&now.value, delta) };
-    store.put(&row_key(row), &encode(&shifted))
+
+    fn write(&mut self, store: &mut dyn Store, slot: Slot, stamp: Stamp, version: Version) {
+        self.scratch.clear();
+        self.scratch = encode_into(std::mem::take(&mut self.scratch), &version);
+        let row = self.slots[slot.0 as usize].as_mut().expect("a row that is used keeps its slot");
+        store.note(&[row.key.as_bytes(), &stamp.0.to_be_bytes(), &self.scratch]);
+        if row.unstored.is_empty() {
+            self.changed.push(slot);
+        }
+        row.unstored.push(Unstored { stamp, bytes: SmallVec::from_slice(&self.scratch) });
+        self.bytes -= row.bytes();
+        row.settled = RowAt { version: stamp, value: version.result };
+        self.bytes += row.bytes();
+    }
+
+    /// Brings all that is not stored to the store.
+    pub fn store_all(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
+        let mut changed = std::mem::take(&mut self.changed);
+        changed.sort_unstable_by_key(|slot| &self.row(*slot).key);
+        // Both tables in order, one after the other: that is how databases keep them.
+        let mut scratch = std::mem::take(&mut self.scratch);
+        changed.iter().try_for_each(|slot| self.row(*slot).store_settled(store, &mut scratch))?;
+        self.scratch = scratch;
+        changed.into_iter().try_for_each(|slot| self.row_mut(slot).store_versions(store))
+    }
+
+    /// Brings what is not stored of a row to the store.
+    fn store(&mut self, store: &mut dyn Store, slot: Slot) -> Result<(), StoreError> {
+        self.row(slot).store_settled(store, &mut Vec::new())?;
+        self.row_mut(slot).store_versions(store)
+    }
+
+    /// Lets go of rows that were not used lately, until the rest takes about `keep_bytes`.
+    pub fn trim(&mut self, keep_bytes: usize) {
+        // A row that was used gets a second chance, so twice around is enough.
+        for _ in 0..2 * self.slots.len() {
+            if self.bytes <= keep_bytes {
+                return;
+            }
+            self.hand = (self.hand + 1) % self.slots.len();
+            let place = &mut self.slots[self.hand];
+            let Some(row) = place else { continue };
+            if std::mem::take(&mut row.used) || !row.is_idle() {
+                continue;
+            }
+            self.bytes -= row.bytes();
+            self.index.remove(&row.key);
+            *place = None;
+            self.free.push(Slot(self.hand as u32));
+        }
+    }
+
+    fn row_mut(&mut self, slot: Slot) -> &mut Row {
+        self.slots[slot.0 as usize].as_mut().expect("a row that is used keeps its slot")
+    }
+
+    /// The rows that must be in memory.
+    fn busy(&self) -> impl Iterator<Item = &Row> {
+        self.slots.iter().flatten().filter(|row| !row.is_idle())
+    }
 }
 
-/// Writes a record, or its absence, at the batch's stamp.
-pub fn replace(
-    store: &mut dyn Store,
-    row: &RowKey,
-    id: BatchId,
-    stamp: Stamp,
-    value: RowValue,
-) -> Result<(), StoreError> {
-    let now = settled(store, row)?;
-    assert!(
-        stamp > now.version,
-        "a write of row {row:?} at stamp {stamp} comes after one at {}: its lock did not hold",
-        now.version
-    );
-    write(store, row, id, stamp, None, value)
+/// Equal if the same rows are held, waited for and changed in the same way; which others are in memory makes no difference.
+impl PartialEq for Rows {
+    fn eq(&self, other: &Rows) -> bool {
+        let same = |row: &Row| {
+            other.find(&row.key).is_some_and(|other| {
+                (&other.lock, &other.settled, &other.unstored) == (&row.lock, &row.settled, &row.unstored)
+            })
+        };
+        self.busy().count() == other.busy().count() && self.busy().all(same)
+    }
 }
 
-fn write(
-    store: &mut dyn Store,
-    row: &RowKey,
-    id: BatchId,
-    stamp: Stamp,
-    delta: Option<i128>,
-    result: RowValue,
-) -> Result<(), StoreError> {
-    let version = Version { id, delta, result };
-    store.put(&version_key(row, stamp), &encode(&version))?;
-    store.put(&row_key(row), &encode(&RowAt { version: stamp, value: version.result }))
-}
+impl Eq for Rows {}
 
-fn plus(value: &RowValue, delta: i128) -> RowValue {
-    let base = match value {
-        RowValue::Absent => 0,
-        RowValue::Balance(base) => *base,
-        RowValue::Record(_) => panic!("a delta was granted on a record"),
-    };
-    RowValue::Balance(base.checked_add(delta).expect("escrow keeps every sum within 128 bits"))
+impl Hash for Rows {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        use std::hash::BuildHasher as _;
+        let hasher = FixedState::default();
+        let each = self.busy().map(|row| hasher.hash_one((&row.key, &row.lock, &row.settled, &row.unstored)));
+        each.fold(0_u64, u64::wrapping_add).hash(state);
+    }
 }
 
 #[cfg(test)]
@@ -226,53 +337,182 @@ mod tests {
     use super::*;
     use crate::{ids::Millis, store::MemoryStore};
 
+    fn row(partition: &str) -> RowKey {
+        RowKey::new(partition, "USD").unwrap()
+    }
+
+    fn id(stamp: u64) -> BatchId {
+        BatchId::from_parts(Millis(stamp), [0; 10])
+    }
+
+    /// Rows, with what is stored of them.
+    #[derive(Default)]
+    struct Table {
+        rows: Rows,
+        store: MemoryStore,
+    }
+
+    impl Table {
+        fn add(&mut self, key: &RowKey, stamp: u64, delta: i128, history: u64) {
+            let slot = self.rows.seat(&self.store, key).unwrap();
+            let (stamp, history) = (Stamp(stamp), Stamp(history));
+            self.rows.add(&mut self.store, slot, id(stamp.0), stamp, delta, history).unwrap();
+        }
+
+        fn put(&mut self, key: &RowKey, stamp: u64, value: RowValue) {
+            let slot = self.rows.seat(&self.store, key).unwrap();
+            self.rows.replace(&mut self.store, slot, id(stamp), Stamp(stamp), value);
+        }
+
+        fn flush(&mut self, keep_bytes: usize) {
+            self.rows.store_all(&mut self.store).unwrap();
+            self.rows.trim(keep_bytes);
+        }
+
+        fn at(&self, key: &RowKey, position: u64) -> RowAt {
+            self.rows.at(&self.store, key, Stamp(position)).unwrap()
+        }
+
+        fn history(
+            &self,
+            key: &RowKey,
+            from: u64,
+            position: u64,
+            limit: usize,
+        ) -> (Vec<RowChange>, Option<Stamp>) {
+            self.rows.history(&self.store, key, Stamp(from), Stamp(position), limit).unwrap()
+        }
+
+        fn drop_versions(&mut self, history: u64) {
+            self.flush(0);
+            versions::drop_versions(&mut self.store, Stamp(history), versions::FIRST_VERSION, 100).unwrap();
+        }
+    }
+
+    /// What the rows say, whether they are in memory, stored, or a part of each.
+    #[test]
+    fn flushes_make_no_difference() {
+        let keys = [row("a"), row("b"), row("c")];
+        let (mut plain, mut seed) = (Table::default(), 3_u64);
+        let mut dice = |sides: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % sides
+        };
+        let mut flushed = Table::default();
+        // Some stamps come a little late.
+        let mut stamps: Vec<u64> = (1..=300).collect();
+        for place in 1..stamps.len() {
+            if dice(4) == 0 {
+                stamps.swap(place - 1, place);
+            }
+        }
+        for (count, stamp) in stamps.iter().enumerate() {
+            let (key, delta) = (&keys[dice(3) as usize], dice(100) as i128 - 50);
+            plain.add(key, *stamp, delta, 0);
+            flushed.add(key, *stamp, delta, 0);
+            match dice(12) {
+                0 => flushed.flush(0),
+                1 => flushed.flush(usize::MAX),
+                _ => {}
+            }
+            let (position, from) = (dice(count as u64 + 3), dice(count as u64 + 3));
+            for key in &keys {
+                assert_eq!(plain.at(key, position), flushed.at(key, position), "at {position} after {count}");
+                let limit = 1 + dice(20) as usize;
+                assert_eq!(
+                    plain.history(key, from, position, limit),
+                    flushed.history(key, from, position, limit),
+                    "{limit} changes of {from} to {position} after {count}"
+                );
+            }
+        }
+        plain.flush(0);
+        flushed.flush(0);
+        assert!(plain.store == flushed.store);
+    }
+
+    #[test]
+    fn rows_that_are_held_or_not_stored_stay_in_memory() {
+        let mut table = Table::default();
+        let (idle, held, changed) = (row("idle"), row("held"), row("changed"));
+        let ticket = crate::shard::Ticket {
+            number: crate::ids::Number::default(),
+            coordinator: crate::ids::GroupId(0),
+        };
+        let claim = crate::shard::Claim {
+            mode: crate::shard::Mode::Shared,
+            delta: 0,
+            lowest: i128::MIN,
+            highest: i128::MAX,
+            has_floor: false,
+            has_ceiling: false,
+            writes: false,
+        };
+        table.rows.seat(&table.store, &idle).unwrap();
+        let slot = table.rows.seat(&table.store, &held).unwrap();
+        table.rows.lock_mut(slot).hold(ticket, claim);
+        table.add(&changed, 1, 5, 0);
+        table.rows.trim(0);
+        assert!(table.rows.find(&idle).is_none(), "nobody needs it");
+        assert!(table.rows.find(&held).is_some() && table.rows.find(&changed).is_some());
+        table.flush(0);
+        assert!(table.rows.find(&held).is_some() && table.rows.find(&changed).is_none());
+        assert_eq!(table.rows.row(slot).key(), &held, "who is held keeps its slot");
+        table.rows.lock_mut(slot).remove(ticket);
+        table.rows.trim(0);
+        assert_eq!(table.rows.bytes, 0);
+        assert_eq!(table.at(&changed, 1).value, RowValue::Balance(5));
+    }
+
     #[test]
     fn deltas_out_of_order_end_as_if_in_order() {
-        let row = RowKey::new("user:1", "USD").unwrap();
-        let deltas = [(Stamp(2), 10), (Stamp(5), -3), (Stamp(9), 4), (Stamp(11), -11)];
+        let row = row("user:1");
+        let deltas = [(2, 10), (5, -3), (9, 4), (11, -11)];
         let build = |order: [usize; 4]| {
-            let mut store = MemoryStore::default();
+            let mut table = Table::default();
             for place in order {
                 let (stamp, delta) = deltas[place];
-                add(&mut store, &row, BatchId::from_parts(Millis(stamp.0), [0; 10]), stamp, delta, Stamp(0))
-                    .unwrap();
+                table.add(&row, stamp, delta, 0);
             }
-            store
+            table.flush(usize::MAX);
+            table
         };
         let in_order = build([0, 1, 2, 3]);
         for order in [[1, 0, 2, 3], [3, 2, 1, 0], [0, 3, 1, 2], [2, 0, 3, 1]] {
-            assert!(build(order) == in_order, "{order:?}");
+            assert!(build(order).store == in_order.store, "{order:?}");
         }
-        let balance_at = |stamp| at(&in_order, &row, Stamp(stamp)).unwrap().value;
+        let balance_at = |stamp| in_order.at(&row, stamp).value;
         assert_eq!(balance_at(1), RowValue::Absent);
         assert_eq!(balance_at(5), RowValue::Balance(7));
         assert_eq!(balance_at(8), RowValue::Balance(7));
         assert_eq!(balance_at(99), RowValue::Balance(0));
-        let (changes, next) = history(&in_order, &row, Stamp(3), Stamp(10), 1).unwrap();
+        let (changes, next) = in_order.history(&row, 3, 10, 1);
         assert_eq!((changes[0].stamp, changes[0].delta, next), (Stamp(5), Some(-3), Some(Stamp(9))));
     }
 
     #[test]
     fn a_history_is_whole_however_it_is_cut() {
-        let mut store = MemoryStore::default();
+        let mut table = Table::default();
         let (row, other) = (RowKey::new("a", "note").unwrap(), RowKey::new("a", "note2").unwrap());
         // Some are so large that few fit into one answer.
         for stamp in 1..=24 {
             let bytes = if stamp % 3 == 0 { READ_BYTES_MAX / 2 - 1 } else { 10 };
             let value = RowValue::Record(vec![stamp as u8; bytes].into());
-            let id = BatchId::from_parts(Millis(stamp), [0; 10]);
-            replace(&mut store, &row, id, Stamp(stamp), value.clone()).unwrap();
-            replace(&mut store, &other, id, Stamp(stamp), value).unwrap();
+            table.put(&row, stamp, value.clone());
+            table.put(&other, stamp, value);
+            if stamp == 13 {
+                table.flush(0);
+            }
         }
         for (from, position, limit) in
             [(1, 24, 1), (1, 24, 7), (1, 24, 100), (5, 17, 3), (6, 20, 100), (24, 24, 1)]
         {
-            let (mut found, mut next) = (Vec::new(), Some(Stamp(from)));
+            let (mut found, mut next) = (Vec::new(), Some(from));
             while let Some(from) = next {
-                let (page, after) = history(&store, &row, from, Stamp(position), limit).unwrap();
+                let (page, after) = table.history(&row, from, position, limit);
                 assert!((1..=limit).contains(&page.len()), "{} changes, {limit} at most", page.len());
                 found.extend(page.into_iter().map(|change| change.stamp.0));
-                next = after;
+                next = after.map(|stamp| stamp.0);
             }
             assert_eq!(found, (from..=position).collect::<Vec<_>>(), "{limit} at a time");
         }
@@ -280,32 +520,31 @@ mod tests {
 
     #[test]
     fn what_a_read_at_the_mark_needs_is_kept_and_nothing_before() {
-        let mut store = MemoryStore::default();
-        let rows = ["a", "b", "c"].map(|name| RowKey::new(name, "USD").unwrap());
-        let id = |stamp: u64| BatchId::from_parts(Millis(stamp), [0; 10]);
+        let mut before = Table::default();
+        let rows = ["a", "b", "c"].map(row);
         let mut stamp = 0;
         for _ in 0..10 {
             for row in &rows {
                 stamp += 1;
-                add(&mut store, row, id(stamp), Stamp(stamp), 1, Stamp(0)).unwrap();
+                before.add(row, stamp, 1, 0);
             }
         }
-        let before = store;
+        before.flush(0);
         let history = Stamp(15);
         for most in [1, 2, 3, 7, 100] {
-            let mut store = before.clone();
-            let mut from = Some(FIRST_VERSION.to_vec());
+            let mut table = Table { store: before.store.clone(), ..Table::default() };
+            let mut from = Some(versions::FIRST_VERSION.to_vec());
             let mut rounds = 0;
             while let Some(next) = from {
-                from = drop_versions(&mut store, history, &next, most).unwrap();
+                from = versions::drop_versions(&mut table.store, history, &next, most).unwrap();
                 rounds += 1;
                 assert!(rounds <= 30, "the sweep never ends");
             }
             // Of the 30 versions 15 lie above the mark, and one of each row below is needed.
-            assert_eq!(store.len(), rows.len() + 15 + rows.len(), "{most} at a time");
+            assert_eq!(table.store.len(), rows.len() + 15 + rows.len(), "{most} at a time");
             for row in &rows {
-                for position in (15..=30).map(Stamp) {
-                    assert_eq!(at(&store, row, position).unwrap(), at(&before, row, position).unwrap());
+                for position in 15..=30 {
+                    assert_eq!(table.at(row, position), before.at(row, position));
                 }
             }
         }
@@ -313,26 +552,20 @@ mod tests {
 
     #[test]
     fn a_delta_that_comes_late_below_the_mark_shifts_what_is_kept() {
-        let row = RowKey::new("a", "USD").unwrap();
-        let id = |stamp: u64| BatchId::from_parts(Millis(stamp), [0; 10]);
+        let row = row("a");
         for history in [0, 4, 7, 8, 20] {
-            let (mut store, mut in_order) = (MemoryStore::default(), MemoryStore::default());
+            let (mut table, mut in_order) = (Table::default(), Table::default());
             for stamp in [2, 4, 6, 9, 12] {
-                add(&mut store, &row, id(stamp), Stamp(stamp), 10, Stamp(0)).unwrap();
+                table.add(&row, stamp, 10, 0);
             }
-            drop_versions(&mut store, Stamp(history), FIRST_VERSION, 100).unwrap();
-            add(&mut store, &row, id(7), Stamp(7), 1, Stamp(history)).unwrap();
+            table.drop_versions(history);
+            table.add(&row, 7, 1, history);
             for stamp in [2, 4, 6, 7, 9, 12] {
-                let delta = if stamp == 7 { 1 } else { 10 };
-                add(&mut in_order, &row, id(stamp), Stamp(stamp), delta, Stamp(0)).unwrap();
+                in_order.add(&row, stamp, if stamp == 7 { 1 } else { 10 }, 0);
             }
             for position in history..=20 {
-                let position = Stamp(position);
-                assert_eq!(
-                    at(&store, &row, position).unwrap(),
-                    at(&in_order, &row, position).unwrap(),
-                    "at {position}, with the mark at {history}"
-                );
+                let found = (table.at(&row, position), in_order.at(&row, position));
+                assert_eq!(found.0, found.1, "at {position}, with the mark at {history}");
             }
         }
     }

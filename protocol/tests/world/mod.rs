@@ -18,11 +18,25 @@ use verdict_protocol::{
     store::MemoryStore,
 };
 
+/// Small, so that versions are dropped in short tests.
+const SWEEP_INTERVAL: u32 = 16;
+
 /// One replica of a group.
 pub struct Replica<M> {
     pub machine: M,
     pub store: MemoryStore,
     pub applied: u64,
+    /// What is on its disk, and how far that goes: it starts again from there.
+    pub flushed: (MemoryStore, u64),
+}
+
+impl<M: Machine> Replica<M> {
+    /// Brings to the store what the machine keeps in memory. Of the rest it keeps all, or nothing.
+    fn flush(&mut self) {
+        let keep_bytes = if self.applied.is_multiple_of(2) { 0 } else { usize::MAX };
+        self.machine.flush(&mut self.store, keep_bytes).expect("memory doesn't fail");
+        self.flushed = (self.store.clone(), self.applied);
+    }
 }
 
 /// A group whose log never loses what was committed. Which replica leads makes no difference to what is true, and that is tested.
@@ -38,7 +52,8 @@ impl<M: Machine> Group<M> {
         let replica = || {
             let store = MemoryStore::default();
             let machine = M::open(&config, &store).expect("memory doesn't fail");
-            Replica { machine, store, applied: 0 }
+            let flushed = (store.clone(), 0);
+            Replica { machine, store, applied: 0, flushed }
         };
         Group { replicas: (0..replicas).map(|_| replica()).collect(), config, log: Vec::new(), lead: 0 }
     }
@@ -59,14 +74,20 @@ impl<M: Machine> Group<M> {
             replica.applied += 1;
             let reply = machine::apply(&mut replica.machine, &mut replica.store, replica.applied, entry);
             last = Some(reply.expect("memory doesn't fail"));
+            // Each one at times of its own.
+            if replica.applied.is_multiple_of(1 + 2 * place as u64) {
+                replica.flush();
+            }
         }
         last
     }
 
-    /// Forgets what a replica keeps in memory, as a restart does.
+    /// Forgets what a replica keeps in memory, as a restart does, and applies again what that was.
     pub fn restart(&mut self, place: usize) {
         let replica = &mut self.replicas[place];
+        (replica.store, replica.applied) = replica.flushed.clone();
         replica.machine = M::open(&self.config, &replica.store).expect("memory doesn't fail");
+        self.catch_up(place);
     }
 
     /// The leading replica.
@@ -78,6 +99,7 @@ impl<M: Machine> Group<M> {
     pub fn check_replicas(&mut self) {
         for place in 0..self.replicas.len() {
             self.catch_up(place);
+            self.replicas[place].flush();
         }
         let first = &self.replicas[0].store;
         for replica in &self.replicas[1..] {
@@ -161,7 +183,9 @@ impl World {
         let placement = Placement { shards };
         let mut config = LeaderConfig::new(placement);
         change(&mut config);
-        let group = |shard| (shard, Group::new(ShardConfig { shard, placement }, replicas));
+        let group = |shard| {
+            (shard, Group::new(ShardConfig { shard, placement, sweep_interval: SWEEP_INTERVAL }, replicas))
+        };
         World {
             config,
             now: START,
@@ -186,7 +210,7 @@ impl World {
 
     /// A shard comes back with nothing, which no promise covers: all its disks are lost.
     pub fn wipe(&mut self, shard: ShardId) {
-        let config = ShardConfig { shard, placement: self.config.placement };
+        let config = ShardConfig { shard, placement: self.config.placement, sweep_interval: SWEEP_INTERVAL };
         self.shards.insert(shard, Group::new(config, 2));
     }
 
