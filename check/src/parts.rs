@@ -436,7 +436,8 @@ pub fn apply_to_shard(
 /// Applies, and brings all to the store: what is in memory alone is the business of the simulator and of tests.
 fn apply<M: Machine>(replica: &mut Replica<M>, index: u64, command: &[u8]) -> M::Reply {
     let reply = replica.machine.apply(&mut replica.store, index, command).expect("memory doesn't fail");
-    replica.machine.flush(&mut replica.store, 0).expect("memory doesn't fail");
+    replica.machine.flush(&mut replica.store).expect("memory doesn't fail");
+    replica.machine.trim(0);
     reply
 }
 

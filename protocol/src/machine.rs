@@ -34,9 +34,12 @@ pub trait Machine: Sized + Send + 'static {
     fn apply(&mut self, store: &mut dyn Store, index: u64, command: &[u8])
     -> Result<Self::Reply, StoreError>;
 
-    /// Brings to the store all that was kept in memory ([`Store::bring`]). Of what the store has too, about `keep_bytes` may stay in
-    /// memory.
-    fn flush(&mut self, store: &mut dyn Store, keep_bytes: usize) -> Result<(), StoreError>;
+    /// Brings to the store all that was kept in memory ([`Store::bring`]). After an error the machine must not be used any more.
+    fn flush(&mut self, store: &mut dyn Store) -> Result<(), StoreError>;
+
+    /// Lets go of what is in memory, and in the store too, beyond `keep_bytes` in all. Does a bounded piece of work, so it is asked for
+    /// after every few entries.
+    fn trim(&mut self, keep_bytes: usize);
 }
 
 /// Where a replica stands: the index of the last entry that it applied, and the running hash over all of them.
@@ -82,7 +85,7 @@ pub fn apply<M: Machine>(
 }
 
 /// The first byte of all that is stored and replicated by machines: the version of its format.
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
 
 /// Encodes a value in the format of all that is stored and replicated: a version byte, then postcard.
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {

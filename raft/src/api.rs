@@ -111,7 +111,7 @@ impl Default for Limits {
             proposal_bytes_in_flight: 128 << 20,
             block_cache_bytes: 64 << 20,
             state_cache_bytes: 128 << 20,
-            state_behind_bytes: 4 << 20,
+            state_behind_bytes: 2 << 20,
             state_behind_entries: 4096,
         }
     }

@@ -331,9 +331,11 @@ impl Machine for Registers {
         store.put(&[b"\x11", command].concat(), command)
     }
 
-    fn flush(&mut self, _: &mut dyn Store, _: usize) -> Result<(), StoreError> {
+    fn flush(&mut self, _: &mut dyn Store) -> Result<(), StoreError> {
         Ok(())
     }
+
+    fn trim(&mut self, _: usize) {}
 }
 
 /// The log and the state of one group, on a disk.

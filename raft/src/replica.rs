@@ -100,8 +100,8 @@ impl<M: Machine> Replica<M> {
         self.snapshots.stop();
         // What isn't flushed is applied again from the log; this only makes the next start quick. After an error the state may be
         // that of half an entry, and must not be written.
-        if self.fatal.check().is_ok()
-            && let Ok(mut core) = self.core.lock()
+        if let Ok(mut core) = self.core.lock()
+            && self.fatal.check().is_ok()
             && let Err(error) = core.flush()
         {
             tracing::debug!(group = %self.group, %error, "the state isn't flushed");
@@ -118,9 +118,20 @@ impl<M: Machine> Replica<M> {
 
     /// The database and the generation in it that counts, once all that is applied is there.
     fn flushed(&self) -> io::Result<(Arc<Disk>, u32)> {
+        let mut core = self.lock();
         self.fatal.check()?;
-        self.lock().flush()?;
+        self.flush(&mut core)?;
+        drop(core);
         self.disk()
+    }
+
+    /// Writes what is applied. An error stops the node, and nothing comes in between.
+    fn flush(&self, core: &mut Core<M>) -> io::Result<()> {
+        let written = core.flush();
+        if let Err(error) = &written {
+            self.fatal.raise(&format!("write the state of group {}: {error}", self.group));
+        }
+        written
     }
 
     fn disk(&self) -> io::Result<(Arc<Disk>, u32)> {
@@ -130,33 +141,36 @@ impl<M: Machine> Replica<M> {
     }
 
     fn apply_together(&self, entries: Vec<(Entry, Option<ApplyResponder<Types>>)>) -> io::Result<()> {
+        let mut core = self.lock();
         self.fatal.check()?;
-        let mut replies = Vec::with_capacity(entries.len());
-        let applied = {
-            let mut core = self.lock();
-            let count = entries.len();
-            for (entry, responder) in entries {
-                let reply = core.apply_one(entry, responder.is_some());
-                if reply.is_err() {
-                    // The state is that of half an entry: nothing may write it, whoever comes before the node has stopped.
-                    core.store.close();
-                }
-                let reply = reply?;
-                if let Some(responder) = responder {
-                    replies.push((responder, reply));
-                }
+        let (count, mut bytes) = (entries.len(), 0);
+        let mut replies = Vec::with_capacity(count);
+        for (entry, responder) in entries {
+            if let EntryPayload::Normal(command) = &entry.payload {
+                bytes += command.0.len();
             }
-            failpoint!(APPLIED, self.group.0);
-            if core.store.applied(count) {
-                failpoint!(STATE_BEFORE_FLUSH, self.group.0);
-                core.flush()?;
-                failpoint!(STATE_FLUSHED, self.group.0);
+            let reply = core.apply_one(entry, responder.is_some());
+            if reply.is_err() {
+                // The state is that of half an entry: nothing may write it, whoever comes before the node has stopped.
+                core.store.close();
             }
-            core.state.applied
-        };
-        self.applied.send_replace(applied);
+            let reply = reply?;
+            if let Some(responder) = responder {
+                replies.push((responder, reply));
+            }
+        }
+        failpoint!(APPLIED, self.group.0);
+        // No answer depends on what is written of the state: the log has the entries.
+        self.applied.send_replace(core.state.applied);
         for (responder, reply) in replies {
             responder.send(reply);
+        }
+        let keep_bytes = core.store.cache_bytes();
+        core.machine.trim(keep_bytes);
+        if core.store.applied(count, bytes) {
+            failpoint!(STATE_BEFORE_FLUSH, self.group.0);
+            self.flush(&mut core)?;
+            failpoint!(STATE_FLUSHED, self.group.0);
         }
         Ok(())
     }

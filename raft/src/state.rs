@@ -188,14 +188,31 @@ impl GroupStore {
         }
     }
 
-    /// So many more entries were applied. True: it is time to flush.
-    pub(crate) fn applied(&mut self, entries: usize) -> bool {
+    /// What a machine may keep of what is stored.
+    pub(crate) fn cache_bytes(&self) -> usize {
+        self.limits.cache_bytes
+    }
+
+    /// So many more entries were applied, of so many bytes: what a machine keeps of them takes as much at most. True: it is time to
+    /// flush.
+    pub(crate) fn applied(&mut self, entries: usize, bytes: usize) -> bool {
         self.behind_entries += entries;
+        self.behind_bytes += bytes;
         self.behind_entries >= self.limits.behind_entries || self.behind_bytes >= self.limits.behind_bytes
     }
 
     /// Writes all changes, those that the machine has kept, and the applied log id in one atomic step, without sync.
+    ///
+    /// An error is final: the machine takes for stored what may not be, so nothing may be read or written here any more.
     pub(crate) fn flush<M: Machine>(&mut self, machine: &mut M, state: &AppliedState) -> io::Result<()> {
+        let written = self.try_flush(machine, state);
+        if written.is_err() {
+            self.close();
+        }
+        written
+    }
+
+    fn try_flush<M: Machine>(&mut self, machine: &mut M, state: &AppliedState) -> io::Result<()> {
         if self.behind_entries == 0 {
             return Ok(());
         }
@@ -209,9 +226,7 @@ impl GroupStore {
             flushing.write(key, change.value.as_deref());
         }
         // Behind the others: what the machine kept is newer.
-        machine
-            .flush(&mut flushing, self.limits.cache_bytes)
-            .map_err(|StoreError(why)| io::Error::other(why))?;
+        machine.flush(&mut flushing).map_err(|StoreError(why)| io::Error::other(why))?;
         let mut batch = flushing.batch;
         batch.put(Table::State, &self.key(APPLIED), &seal(APPLIED, state));
         batch.write()?;
@@ -454,7 +469,7 @@ mod tests {
 
     use std::{
         path::{Path, PathBuf},
-        sync::atomic::{AtomicUsize, Ordering},
+        sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     };
 
     use super::*;
@@ -482,9 +497,11 @@ mod tests {
             Ok(())
         }
 
-        fn flush(&mut self, store: &mut dyn Store, _: usize) -> Result<(), StoreError> {
+        fn flush(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
             self.0.drain(..).try_for_each(|byte| store.bring(&[byte], Some(b"kept")))
         }
+
+        fn trim(&mut self, _: usize) {}
     }
 
     fn next(seed: &mut u64) -> u64 {
@@ -503,13 +520,20 @@ mod tests {
         found
     }
 
-    /// The disk of this machine, which counts the batches that are written.
+    /// What is known of the batches of a disk.
+    #[derive(Debug, Default)]
+    struct Counts {
+        written: AtomicUsize,
+        fails: AtomicBool,
+    }
+
+    /// The disk of this machine, which counts the batches that are written, and fails on demand.
     #[derive(Debug)]
-    struct Counting(Arc<AtomicUsize>);
+    struct Counting(Arc<Counts>);
 
-    struct CountingTables(Box<dyn Tables>, Arc<AtomicUsize>);
+    struct CountingTables(Box<dyn Tables>, Arc<Counts>);
 
-    struct CountingBatch(Box<dyn Batch>, Arc<AtomicUsize>);
+    struct CountingBatch(Box<dyn Batch>, Arc<Counts>);
 
     impl Storage for Counting {
         fn open_tables(&self, folder: &Path, cache_bytes: usize) -> Result<Box<dyn Tables>, HostError> {
@@ -585,7 +609,10 @@ mod tests {
         }
 
         fn write(self: Box<Self>) -> io::Result<()> {
-            self.1.fetch_add(1, Ordering::Relaxed);
+            if self.1.fails.load(Ordering::Relaxed) {
+                return Err(io::Error::other("the disk is full"));
+            }
+            self.1.written.fetch_add(1, Ordering::Relaxed);
             self.0.write()
         }
     }
@@ -594,19 +621,21 @@ mod tests {
     #[test]
     fn the_changes_and_the_applied_index_are_written_together() {
         let directory = tempfile::tempdir().unwrap();
-        let writes = Arc::new(AtomicUsize::new(0));
-        let disk = Disk::open(Arc::new(Counting(writes.clone())), directory.path(), 1 << 20).unwrap();
+        let counts: Arc<Counts> = Arc::default();
+        let disk = Disk::open(Arc::new(Counting(counts.clone())), directory.path(), 1 << 20).unwrap();
         let limits = StoreLimits { cache_bytes: 2_000, behind_bytes: 20_000, behind_entries: 300 };
         let mut store = GroupStore::new(disk, GroupId(3), 0, limits);
         for n in 0..100_u32 {
             store.put(&n.to_be_bytes(), b"x").unwrap();
-            store.applied(1);
+            store.applied(1, 0);
         }
         let mut machine = Kept::default();
+        // The machine's is the newer one.
+        store.put(b"m", b"older").unwrap();
         machine.apply(&mut store, 1, b"m").unwrap();
-        let before = writes.load(Ordering::Relaxed);
+        let before = counts.written.load(Ordering::Relaxed);
         store.flush(&mut machine, &AppliedState::default()).unwrap();
-        assert_eq!(writes.load(Ordering::Relaxed), before + 1);
+        assert_eq!(counts.written.load(Ordering::Relaxed), before + 1);
         assert_eq!(
             store.get(b"m").unwrap().as_deref(),
             Some(&b"kept"[..]),
@@ -614,6 +643,26 @@ mod tests {
         );
         let applied = store.disk().unwrap().tables().get(Table::State, &store.key(APPLIED)).unwrap();
         assert!(applied.is_some(), "the applied index is among what was written");
+    }
+
+    /// The machine takes for stored what it has handed over: going on would read older rows, and a second flush would leave them out.
+    #[test]
+    fn after_a_flush_that_failed_nothing_is_read_or_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let counts: Arc<Counts> = Arc::default();
+        let disk = Disk::open(Arc::new(Counting(counts.clone())), directory.path(), 1 << 20).unwrap();
+        let limits = StoreLimits { cache_bytes: 2_000, behind_bytes: 20_000, behind_entries: 300 };
+        let mut store = GroupStore::new(disk.clone(), GroupId(3), 0, limits);
+        let (mut machine, state) = (Kept::default(), AppliedState::default());
+        machine.apply(&mut store, 1, b"m").unwrap();
+        store.put(b"k", b"value").unwrap();
+        store.applied(1, 1);
+        counts.fails.store(true, Ordering::Relaxed);
+        store.flush(&mut machine, &state).unwrap_err();
+        counts.fails.store(false, Ordering::Relaxed);
+        assert!(store.flush(&mut machine, &state).is_err(), "half of it would be written");
+        assert!(store.get(b"m").is_err());
+        assert_eq!(GroupStore::new(disk, GroupId(3), 0, limits).get(b"k").unwrap(), None);
     }
 
     /// Against a plain map: whatever is asked, and whenever it is written, dropped from memory or opened again.
@@ -663,7 +712,7 @@ mod tests {
                 }
                 _ => {}
             }
-            if store.applied(1) {
+            if store.applied(1, 0) {
                 store.flush(&mut kept, &state).unwrap();
                 written = model.clone();
                 flushes += 1;

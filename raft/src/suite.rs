@@ -42,9 +42,11 @@ impl Machine for Nothing {
         Ok(())
     }
 
-    fn flush(&mut self, _: &mut dyn Store, _: usize) -> Result<(), StoreError> {
+    fn flush(&mut self, _: &mut dyn Store) -> Result<(), StoreError> {
         Ok(())
     }
+
+    fn trim(&mut self, _: usize) {}
 }
 
 /// Small enough that entries leave the memory and must be read from disk.

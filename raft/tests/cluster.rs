@@ -62,9 +62,11 @@ impl Machine for Registers {
     }
 
     /// How many there were is kept in memory in between.
-    fn flush(&mut self, store: &mut dyn Store, _: usize) -> Result<(), StoreError> {
+    fn flush(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
         store.bring(b"\x10count", Some(&self.applied.to_be_bytes()))
     }
+
+    fn trim(&mut self, _: usize) {}
 }
 
 struct Running {

@@ -59,6 +59,7 @@ const CONFIG_TABLE: u8 = 0x15;
 const PROGRESS_TABLE: u8 = 0x16;
 
 /// How many versions are added between two pieces of a sweep, in the product. To begin a piece costs as much as to look at some dozens.
+/// Part of the format: replicas that sweep at different places differ.
 pub const SWEEP_INTERVAL: u32 = 4096;
 
 /// What all replicas of a shard must know and have equal.
@@ -255,6 +256,8 @@ pub struct Shard {
     /// The same parts by number: every part is in both.
     tickets: BTreeMap<Ticket, BatchId>,
     rows: Rows,
+    /// Parts that have come or changed since the last flush. Some are gone again.
+    fresh: Vec<(GroupId, BatchId)>,
     /// Parts that are gone, and that the store still has.
     gone: BTreeSet<(GroupId, BatchId)>,
     sweep: Sweep,
@@ -276,6 +279,7 @@ impl Machine for Shard {
             parts: PointMap::default(),
             tickets: BTreeMap::new(),
             rows: Rows::default(),
+            fresh: Vec::new(),
             gone: BTreeSet::new(),
             sweep: Sweep::default(),
             newest: Stamp(0),
@@ -307,7 +311,7 @@ impl Machine for Shard {
         Ok(reply)
     }
 
-    fn flush(&mut self, store: &mut dyn Store, keep_bytes: usize) -> Result<(), StoreError> {
+    fn flush(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
         for (coordinator, peer) in &mut self.peers {
             if std::mem::take(&mut peer.changed) {
                 let Peer { epoch, mark, history, refused, .. } = *peer;
@@ -318,19 +322,24 @@ impl Machine for Shard {
         for (coordinator, id) in std::mem::take(&mut self.gone) {
             store.bring(&part_key(coordinator, id), None)?;
         }
-        for (ticket, id) in &self.tickets {
-            let part = self.parts.get_mut(&(ticket.coordinator, *id)).expect("every part is in both");
-            if std::mem::take(&mut part.changed) {
+        let mut fresh = std::mem::take(&mut self.fresh);
+        fresh.sort_unstable();
+        for (coordinator, id) in fresh {
+            if let Some(part) = self.parts.get_mut(&(coordinator, id))
+                && std::mem::take(&mut part.changed)
+            {
                 part.stored = true;
-                store.bring(&part_key(ticket.coordinator, *id), Some(&encode(&part.held)))?;
+                store.bring(&part_key(coordinator, id), Some(&encode(&part.held)))?;
             }
         }
         if std::mem::take(&mut self.changed) {
             store.bring(&[PROGRESS_TABLE], Some(&encode(&(self.newest, &self.sweep))))?;
         }
-        self.rows.store_all(store)?;
+        self.rows.store_all(store)
+    }
+
+    fn trim(&mut self, keep_bytes: usize) {
         self.rows.trim(keep_bytes);
-        Ok(())
     }
 }
 
@@ -633,6 +642,7 @@ impl Shard {
         let vote = held.vote();
         self.note_part(store, ticket, id, Some(&held.stand));
         self.tickets.insert(ticket, id);
+        self.fresh.push((coordinator, id));
         self.parts.insert((coordinator, id), Box::new(Kept { held, seats, stored: false, changed: true }));
         answer(vote)
     }
@@ -755,10 +765,10 @@ impl Shard {
     fn stand_in_line(&mut self, ticket: Ticket, seats: &mut Seats, stand: &Stand) {
         match stand {
             Stand::Yes => {
-                seats.iter().for_each(|(slot, claim)| self.rows.lock_mut(*slot).hold(ticket, *claim));
+                seats.iter().for_each(|(slot, claim)| self.rows.hold(*slot, ticket, *claim));
             }
             Stand::Waiting => {
-                seats.iter().for_each(|(slot, claim)| self.rows.lock_mut(*slot).wait(ticket, *claim));
+                seats.iter().for_each(|(slot, claim)| self.rows.wait(*slot, ticket, *claim));
             }
             Stand::No(_) => seats.clear(),
             // Its effects come at once.
@@ -808,8 +818,7 @@ impl Shard {
     /// Takes a ticket out of the lines of its rows, and collects who stands behind it.
     fn leave_line(&mut self, ticket: Ticket, seats: &Seats, behind: &mut Behind) {
         for (slot, _) in seats {
-            let lock = self.rows.lock_mut(*slot);
-            lock.remove(ticket);
+            let lock = self.rows.leave(*slot, ticket);
             if lock.is_waited_for() && behind.rows.insert(*slot) {
                 behind.tickets.extend(lock.waiting());
             }
@@ -846,7 +855,9 @@ impl Shard {
         }
         self.note_part(store, ticket, id, Some(&stand));
         part.held.stand = stand;
-        part.changed = true;
+        if !std::mem::replace(&mut part.changed, true) {
+            self.fresh.push(key);
+        }
         reply.to(ticket.coordinator).votes.push(Vote { id, number, kind: part.held.vote() });
         self.parts.insert(key, part);
     }
@@ -920,7 +931,10 @@ impl Shard {
         })?;
         for (coordinator, id, held) in found? {
             let ticket = Ticket { number: held.number, coordinator };
-            let mut seats = self.seats(store, &evaluate::by_row(&held.operations))?;
+            let mut seats = match held.stand {
+                Stand::Yes | Stand::Waiting => self.seats(store, &evaluate::by_row(&held.operations))?,
+                Stand::No(_) | Stand::Committed(_) => Seats::new(),
+            };
             self.stand_in_line(ticket, &mut seats, &held.stand);
             self.tickets.insert(ticket, id);
             self.parts

@@ -1,4 +1,5 @@
-//! A set of numbers, kept as runs: batches end nearly in the order in which they began, so there are few.
+//! A set of numbers, kept as runs: batches end nearly in the order in which they began. Where every batch touches a shard its numbers
+//! make few runs; of many shards each sees a part of the numbers, and then a run is seldom longer than one.
 
 use std::collections::BTreeMap;
 
@@ -31,11 +32,11 @@ impl Numbers {
             return false;
         }
         let first = match before {
-            Some((first, last)) if last + 1 == number.sequence => first,
+            Some((first, last)) if last.checked_add(1) == Some(number.sequence) => first,
             _ => number,
         };
-        let next = Number { sequence: number.sequence + 1, ..number };
-        let last = self.runs.remove(&next).unwrap_or(number.sequence);
+        let next = number.sequence.checked_add(1).map(|sequence| Number { sequence, ..number });
+        let last = next.and_then(|next| self.runs.remove(&next)).unwrap_or(number.sequence);
         self.runs.insert(first, last);
         true
     }
@@ -75,6 +76,16 @@ mod tests {
 
     use super::*;
     use crate::ids::Epoch;
+
+    #[test]
+    fn the_greatest_number_is_one_like_others() {
+        let [last, before] = [u64::MAX, u64::MAX - 1].map(|sequence| Number { epoch: Epoch(1), sequence });
+        let mut numbers = Numbers::default();
+        assert!(numbers.insert(last) && numbers.insert(before) && !numbers.insert(last));
+        assert_eq!(numbers.runs(), [(before, u64::MAX)]);
+        numbers.remove_up_to(last);
+        assert_eq!(numbers.len(), 0);
+    }
 
     #[test]
     fn runs_are_a_set_of_numbers() {

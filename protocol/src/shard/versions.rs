@@ -139,7 +139,7 @@ pub fn drop_versions(
 }
 
 /// Adds the sum of a batch's deltas to a balance, at a stamp below the newest: the versions behind it are shifted. All that is kept of
-/// the row is stored.
+/// the row is stored, and the change is noted.
 pub fn insert(
     store: &mut dyn Store,
     row: &RowKey,
@@ -159,15 +159,16 @@ pub fn insert(
         let mut version = Version::decode(&bytes)?;
         assert!(stamp_of(&key) != stamp, "two batches have stamp {stamp} on row {row:?}");
         version.result = plus(&version.result, delta);
-        store.put(&key, &encode(&version))?;
+        store.bring(&key, Some(&encode(&version)))?;
     }
     // What it would be shown from may be gone already if no read needs it.
     if needed {
-        store.put(&version_key(row, stamp), &encode(&Version { id, delta: Some(delta), result }))?;
+        let version = encode(&Version { id, delta: Some(delta), result });
+        store.bring(&version_key(row, stamp), Some(&version))?;
     }
     let now = settled(store, row)?;
     let shifted = RowAt { version: now.version, value: plus(&now.value, delta) };
-    store.put(&row_key(row), &encode(&shifted))
+    store.bring(&row_key(row), Some(&encode(&shifted)))
 }
 
 /// A balance and a delta.

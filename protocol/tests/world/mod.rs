@@ -34,7 +34,8 @@ impl<M: Machine> Replica<M> {
     /// Brings to the store what the machine keeps in memory. Of the rest it keeps all, or nothing.
     fn flush(&mut self) {
         let keep_bytes = if self.applied.is_multiple_of(2) { 0 } else { usize::MAX };
-        self.machine.flush(&mut self.store, keep_bytes).expect("memory doesn't fail");
+        self.machine.flush(&mut self.store).expect("memory doesn't fail");
+        self.machine.trim(keep_bytes);
         self.flushed = (self.store.clone(), self.applied);
     }
 }
