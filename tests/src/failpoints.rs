@@ -7,8 +7,9 @@
 //! What is measured for each kill, from the moment that the process itself wrote down:
 //!
 //! - *without commits*: the longest time without an answered commit that touches the group, until things go on;
-//! - *resolved*: until no part is in doubt any more whose batch had been made before the kill. Two of three nodes live on, so a quorum
-//!   is back as soon as there are leaders; the time for that is included.
+//! - *resolved*: until no part is in doubt any more whose batch had been made before the kill;
+//! - *after a quorum*: the same, from when every group was first seen led by a quorum again. Mostly two of three nodes live on, but one of
+//!   them may lack so much of the log that it can't vote for anybody before it has a snapshot.
 
 use std::{
     fmt,
@@ -54,6 +55,8 @@ pub struct Kill {
     pub without_commits: Duration,
     /// Until nothing older than the kill was in doubt.
     pub resolved: Duration,
+    /// How much of it passed after every group was led by a quorum again.
+    pub after_quorum: Duration,
 }
 
 /// Why a kill doesn't count: nobody came to the failpoint, or the others didn't go on.
@@ -274,12 +277,22 @@ impl Harness {
     async fn recovers(&self, group: u32, victim: u64, at: SystemTime) -> Result<Kill, Failure> {
         let killed = Instant::now() - at.elapsed().unwrap_or_default();
         let resolved = async {
+            let mut led = None;
             loop {
-                match self.in_doubt_since_before(victim, at).await {
-                    Ok(()) => return Ok(killed.elapsed()),
-                    Err(why) if killed.elapsed() > RECOVERS_WITHIN => return Err(Failure(why)),
-                    Err(_) => tokio::time::sleep(ASK).await,
+                let why = match self.in_doubt_since_before(victim, at).await {
+                    Err(why) => why,
+                    Ok(old) => {
+                        let led = *led.get_or_insert_with(|| killed.elapsed());
+                        if old == 0 {
+                            return Ok((killed.elapsed(), killed.elapsed() - led));
+                        }
+                        format!("{old} parts in doubt since before the kill")
+                    }
+                };
+                if killed.elapsed() > RECOVERS_WITHIN {
+                    return Err(Failure(why));
                 }
+                tokio::time::sleep(ASK).await;
             }
         };
         let goes_on = async {
@@ -294,11 +307,12 @@ impl Harness {
         let (resolved, goes_on) = tokio::join!(resolved, goes_on);
         goes_on?;
         let without_commits = self.bank.longest_gap(group, killed, Instant::now());
-        Ok(Kill { without_commits, resolved: resolved? })
+        let (resolved, after_quorum) = resolved?;
+        Ok(Kill { without_commits, resolved, after_quorum })
     }
 
-    /// Fails while a shard's leader can't be asked, or a part is in doubt whose batch was made before.
-    async fn in_doubt_since_before(&self, victim: u64, at: SystemTime) -> Result<(), String> {
+    /// How many parts are in doubt whose batches were made before. Fails while a group's leader, confirmed by a quorum, can't be asked.
+    async fn in_doubt_since_before(&self, victim: u64, at: SystemTime) -> Result<usize, String> {
         let node = self.cluster.nodes().find(|node| *node != victim && self.cluster.runs(*node));
         let mut admin = self.cluster.admin(node.ok_or("nobody runs")?);
         let asked = admin.list_in_doubt(v1::ListInDoubtRequest { limit: 10_000 });
@@ -309,8 +323,7 @@ impl Harness {
             return Err(format!("shards without leaders: {:?}", listed.unreachable_shards));
         }
         let at = at.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let old = listed.parts.iter().filter(|part| !part.waiting && made(&part.batch_id) < at).count();
-        if old == 0 { Ok(()) } else { Err(format!("{old} parts in doubt since before the kill")) }
+        Ok(listed.parts.iter().filter(|part| !part.waiting && made(&part.batch_id) < at).count())
     }
 
     /// Disarms all, starts those that are down, and waits until the cluster is whole.
