@@ -1,12 +1,12 @@
-//! The database of a node: its column families, its keys, its identity.
+//! The tables of a node: their keys, their values, its identity.
 //!
 //! All formats are described in `docs/storage.md`.
 //!
 //! Invariants:
 //! - Every value carries a version byte; those of `log` and `meta` carry a checksum over key and contents as well.
 //! - A value that doesn't check out is an error, never an absent value.
-//! - All column families share RocksDB's one write-ahead log: whoever syncs a write has synced every write before it. So
-//!   the state, which is written without sync, is never behind a purge, which is synced.
+//! - Whoever syncs a write to `log` or `meta` has synced every write to them before it. The state has no part in that: it is durable
+//!   once it was made so ([`Tables::make_state_durable`]), and whoever lets something go that it replaces makes it so first.
 
 use std::{
     collections::BTreeMap,

@@ -144,6 +144,7 @@ impl Host {
             let log = GroupLog::open(disk.clone(), group, limits.tail_bytes, acknowledged)?;
             let fatal = node.fatal.clone();
             let replica = Replica::open(disk, group, machine, snapshots, StoreLimits::of(limits), fatal)?;
+            replica.check_reaches(log.purged())?;
             // The log may end before what was applied: a leader applies what a majority of the others has on disk, before its own disk
             // has it, and a snapshot is installed before the log is cut. Raft's library then goes on behind what was applied.
             // What this node had acknowledged is another matter: that is checked by `GroupLog::open`.

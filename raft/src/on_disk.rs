@@ -1,4 +1,9 @@
 //! The disk of this machine: RocksDB and plain files.
+//!
+//! Two databases, opened and closed together. `db` holds the logs and what belongs to them, with a write-ahead log that is synced.
+//! `state` holds the state of the machines and has no log: what is written stands in memory until RocksDB makes a table of
+//! it, by itself when there is enough or because it is told to. Tables are made in the order of the writes, and count from one
+//! synced record of the manifest on. So what is found after a crash is the state after an unbroken run of whole batches.
 
 use std::{
     fs::{self, OpenOptions, TryLockError},
@@ -14,7 +19,7 @@ use std::{
 use bytes::Bytes;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRawIterator, DBRecoveryMode,
-    Options, ReadOptions, WriteBatch,
+    DEFAULT_COLUMN_FAMILY_NAME, Options, ReadOptions, WriteBatch,
 };
 
 use crate::{
@@ -24,14 +29,17 @@ use crate::{
     wal::{self, Manifest, SYNCED, Synced, SyncedFile},
 };
 
-/// Memtables: small ones would be flushed all the time, large ones make recovery slow.
+/// Memtables: small ones would be flushed all the time, large ones make recovery slow. Of the state's, what isn't in a table yet is
+/// what a killed node applies again.
 const LOG_MEMTABLE_BYTES: usize = 64 << 20;
 const META_MEMTABLE_BYTES: usize = 1 << 20;
-const STATE_MEMTABLE_BYTES: usize = 32 << 20;
+const STATE_MEMTABLE_BYTES: usize = 64 << 20;
 /// How much of the state's memtable is a filter that tells which keys it doesn't have.
 const MEMTABLE_BLOOM_RATIO: f64 = 0.05;
 /// The write-ahead log is cut when it reaches this size in all.
 const WAL_BYTES_MAX: u64 = 512 << 20;
+/// How often RocksDB's own threads have failed.
+const BACKGROUND_ERRORS: &str = "rocksdb.background-errors";
 
 /// RocksDB and plain files.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,56 +47,20 @@ pub struct OnDisk;
 
 impl Storage for OnDisk {
     fn open_tables(&self, folder: &Path, cache_bytes: usize) -> Result<Box<dyn Tables>, HostError> {
-        let path = folder.join("db");
         let lock = lock_folder(folder)?;
-        let synced = SyncedFile::open(&folder.join("synced")).map_err(host_error)?;
-        let remembered = synced.newest();
-        remembered.manifest.check(&path).map_err(host_error)?;
-        wal::mend(&path, remembered.sequence, || oldest_log(&path)).map_err(host_error)?;
-        let mut options = Options::default();
-        options.create_if_missing(true);
-        options.create_missing_column_families(true);
-        options.set_paranoid_checks(true);
-        // What was torn is cut off already: anything else is damage.
-        options.set_wal_recovery_mode(DBRecoveryMode::AbsoluteConsistency);
-        options.set_track_and_verify_wals_in_manifest(true);
-        options.set_max_total_wal_size(WAL_BYTES_MAX);
-        options.set_max_background_jobs(2);
-        options.set_keep_log_file_num(2);
-        options.set_max_open_files(512);
         let cache = Cache::new_lru_cache(cache_bytes);
-        let family = |table| {
-            let mut blocks = BlockBasedOptions::default();
-            blocks.set_block_cache(&cache);
-            blocks.set_bloom_filter(10.0, false);
-            let mut options = Options::default();
-            options.set_block_based_table_factory(&blocks);
-            options.set_write_buffer_size(match table {
-                Table::Log => LOG_MEMTABLE_BYTES,
-                Table::Meta => META_MEMTABLE_BYTES,
-                Table::State => STATE_MEMTABLE_BYTES,
-            });
-            options.set_compression_type(rocksdb::DBCompressionType::Lz4);
-            if table == Table::State {
-                // Every new record is looked up once before it is there.
-                options.set_memtable_prefix_bloom_ratio(MEMTABLE_BLOOM_RATIO);
-                options.set_memtable_whole_key_filtering(true);
-            }
-            ColumnFamilyDescriptor::new(name(table), options)
-        };
-        let db = DB::open_cf_descriptors(&options, &path, Table::ALL.map(family));
-        let db = db.map_err(|error| open_error(&path, error))?;
-        let found = db.latest_sequence_number();
-        if found < remembered.sequence {
-            return Err(HostError::Damaged(format!(
-                "{}: everything up to write {} was synced, but it ends at {found}",
-                path.display(),
-                remembered.sequence
-            )));
-        }
-        // The names of the database and of the files beside it.
+        let (db, synced) = open_logged(folder, &cache)?;
+        let (state, state_synced) = open_state(folder, &cache)?;
+        // The names of the databases and of the files beside them.
         sync_folder(folder).map_err(host_error)?;
-        let tables = Shared { db, synced: AtomicU64::new(0), file: Mutex::new(synced), _lock: lock };
+        let tables = Shared {
+            db,
+            synced: AtomicU64::new(0),
+            file: Mutex::new(synced),
+            state,
+            state_file: Mutex::new(state_synced),
+            _lock: lock,
+        };
         Ok(Box::new(Rocks(Arc::new(tables))))
     }
 
@@ -127,6 +99,82 @@ impl Storage for OnDisk {
     fn remove(&self, path: &Path) -> io::Result<()> {
         fs::remove_file(path)
     }
+}
+
+/// Opens the database with a write-ahead log.
+fn open_logged(folder: &Path, cache: &Cache) -> Result<(DB, SyncedFile), HostError> {
+    let path = folder.join("db");
+    let synced = SyncedFile::open(&folder.join("synced")).map_err(host_error)?;
+    let remembered = synced.newest();
+    remembered.manifest.check(&path).map_err(host_error)?;
+    wal::mend(&path, remembered.sequence, || oldest_log(&path)).map_err(host_error)?;
+    let mut options = database_options();
+    // What was torn is cut off already: anything else is damage.
+    options.set_wal_recovery_mode(DBRecoveryMode::AbsoluteConsistency);
+    options.set_track_and_verify_wals_in_manifest(true);
+    options.set_max_total_wal_size(WAL_BYTES_MAX);
+    let families = [Table::Log, Table::Meta].map(|table| family_options(table, cache));
+    let db = DB::open_cf_descriptors(&options, &path, families).map_err(|error| open_error(&path, error))?;
+    check_end(&db, remembered)?;
+    Ok((db, synced))
+}
+
+/// Opens the database without one.
+fn open_state(folder: &Path, cache: &Cache) -> Result<(DB, SyncedFile), HostError> {
+    let path = folder.join("state");
+    let synced = SyncedFile::open(&folder.join("synced-state")).map_err(host_error)?;
+    let remembered = synced.newest();
+    // A manifest that was cut would be taken for an earlier state, perhaps one with half of a snapshot loaded.
+    remembered.manifest.check(&path).map_err(host_error)?;
+    let families = [family_options(Table::State, cache)];
+    let db = DB::open_cf_descriptors(&database_options(), &path, families);
+    let db = db.map_err(|error| open_error(&path, error))?;
+    check_end(&db, remembered)?;
+    Ok((db, synced))
+}
+
+fn database_options() -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_paranoid_checks(true);
+    options.set_max_background_jobs(2);
+    options.set_keep_log_file_num(2);
+    options.set_max_open_files(512);
+    options
+}
+
+fn family_options(table: Table, cache: &Cache) -> ColumnFamilyDescriptor {
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(cache);
+    blocks.set_bloom_filter(10.0, false);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&blocks);
+    options.set_write_buffer_size(match table {
+        Table::Log => LOG_MEMTABLE_BYTES,
+        Table::Meta => META_MEMTABLE_BYTES,
+        Table::State => STATE_MEMTABLE_BYTES,
+    });
+    options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+    if table.is_state() {
+        // Every new record is looked up once before it is there.
+        options.set_memtable_prefix_bloom_ratio(MEMTABLE_BLOOM_RATIO);
+        options.set_memtable_whole_key_filtering(true);
+    }
+    ColumnFamilyDescriptor::new(name(table), options)
+}
+
+/// Fails if a database ends before what is remembered of it.
+fn check_end(db: &DB, remembered: Synced) -> Result<(), HostError> {
+    let found = db.latest_sequence_number();
+    if found < remembered.sequence {
+        return Err(HostError::Damaged(format!(
+            "{}: everything up to write {} was synced, but it ends at {found}",
+            db.path().display(),
+            remembered.sequence
+        )));
+    }
+    Ok(())
 }
 
 #[derive(Debug)]
@@ -181,52 +229,84 @@ fn oldest_log(path: &Path) -> io::Result<u64> {
     oldest.ok_or_else(|| io::Error::other("the database doesn't tell its oldest log"))
 }
 
-/// The database: a column family for each table.
+/// The databases: a column family for each table.
 struct Rocks(Arc<Shared>);
 
 struct Shared {
+    /// `Log` and `Meta`.
     db: DB,
-    /// Everything up to this sequence number is on disk, if it isn't 0, and no batch has said so yet.
+    /// Everything in `db` up to this sequence number is on disk, if it isn't 0, and no batch has said so yet.
     synced: AtomicU64,
     file: Mutex<SyncedFile>,
+    /// `State`. It has one family only: several would be flushed one by one, and a batch must not be found in halves.
+    state: DB,
+    state_file: Mutex<SyncedFile>,
     _lock: fs::File,
 }
 
 impl Drop for Shared {
-    /// What was written since the last sync is in the files, and so is what the manifest says of it.
+    /// What was written since the last sync is in the files, and so is what the manifest says of it. The state is brought there, so
+    /// that the next start needn't apply what this one has.
     fn drop(&mut self) {
-        let mut file = self.file();
+        let mut file = held(&self.file);
         let Synced { sequence, manifest } = file.newest();
         // If it fails, the file lags, as after a kill.
-        if let Ok(manifest) = self.manifest(manifest) {
+        if let Ok(manifest) = synced_manifest(&self.db, manifest) {
             let _ = file.write(Synced { sequence, manifest });
+        }
+        drop(file);
+        if let Err(error) = self.make_state_durable() {
+            tracing::debug!(%error, "the state isn't in its tables");
         }
     }
 }
 
 impl Shared {
-    /// How far the manifest goes, synced. It seldom changes.
-    fn manifest(&self, known: Manifest) -> io::Result<Manifest> {
-        let path = self.db.path();
-        let bytes = fs::metadata(Manifest::path(path, known.number)).map(|data| data.len());
-        if bytes.is_ok_and(|bytes| bytes == known.bytes) {
-            return Ok(known);
-        }
-        let found = Manifest::find(path).ok_or_else(|| io::Error::other("the manifest can't be found"))?;
-        fs::File::open(Manifest::path(path, found.number))?.sync_all()?;
-        Ok(found)
+    fn make_state_durable(&self) -> io::Result<()> {
+        let mut file = held(&self.state_file);
+        let sequence = self.state.latest_sequence_number();
+        // Tables are synced before the manifest lists them, and it is synced before this returns.
+        self.state.flush_cf(family(&self.state, Table::State)).map_err(io_error)?;
+        self.check_background()?;
+        let manifest = synced_manifest(&self.state, file.newest().manifest)?;
+        file.write(Synced { sequence, manifest })
     }
 
-    fn file(&self) -> MutexGuard<'_, SyncedFile> {
-        self.file.lock().expect("nothing panics while it holds this lock")
+    /// A table that couldn't be made is tried again by RocksDB, for as long as it takes, and meanwhile nobody would be told: writes
+    /// wait. The first error is final here, as everywhere.
+    fn check_background(&self) -> io::Result<()> {
+        match self.state.property_int_value(BACKGROUND_ERRORS).map_err(io_error)? {
+            Some(0) => Ok(()),
+            _ => Err(io::Error::other("the state couldn't be brought into a table")),
+        }
     }
+
+    fn database(&self, table: Table) -> &DB {
+        if table.is_state() { &self.state } else { &self.db }
+    }
+}
+
+/// How far a manifest goes, synced. It seldom changes.
+fn synced_manifest(db: &DB, known: Manifest) -> io::Result<Manifest> {
+    let path = db.path();
+    let bytes = fs::metadata(Manifest::path(path, known.number)).map(|data| data.len());
+    if bytes.is_ok_and(|bytes| bytes == known.bytes) {
+        return Ok(known);
+    }
+    let found = Manifest::find(path).ok_or_else(|| io::Error::other("the manifest can't be found"))?;
+    fs::File::open(Manifest::path(path, found.number))?.sync_all()?;
+    Ok(found)
+}
+
+fn held(file: &Mutex<SyncedFile>) -> MutexGuard<'_, SyncedFile> {
+    file.lock().expect("nothing panics while it holds this lock")
 }
 
 fn name(table: Table) -> &'static str {
     match table {
         Table::Log => "log",
         Table::Meta => "meta",
-        Table::State => "state",
+        Table::State => DEFAULT_COLUMN_FAMILY_NAME,
     }
 }
 
@@ -236,7 +316,8 @@ fn family(db: &DB, table: Table) -> &ColumnFamily {
 
 impl Reads for Rocks {
     fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Bytes>> {
-        let value = self.0.db.get_pinned_cf(family(&self.0.db, table), key).map_err(io_error)?;
+        let db = self.0.database(table);
+        let value = db.get_pinned_cf(family(db, table), key).map_err(io_error)?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
@@ -247,39 +328,53 @@ impl Reads for Rocks {
         to: Option<&[u8]>,
         start: Start,
     ) -> Box<dyn Cursor + 'a> {
-        let options = range(from, to);
-        place(self.0.db.raw_iterator_cf_opt(family(&self.0.db, table), options), start)
+        let db = self.0.database(table);
+        place(db.raw_iterator_cf_opt(family(db, table), range(from, to)), start)
     }
 }
 
 impl Tables for Rocks {
     fn batch(&self) -> Box<dyn Batch> {
-        Box::new(RocksBatch { tables: self.0.clone(), changes: WriteBatch::default() })
+        Box::new(RocksBatch { tables: self.0.clone(), changes: WriteBatch::default(), of_state: None })
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut file = self.0.file();
+        let mut file = held(&self.0.file);
         let sequence = self.0.db.latest_sequence_number();
         self.0.db.flush_wal(true).map_err(io_error)?;
-        let manifest = self.0.manifest(file.newest().manifest)?;
+        let manifest = synced_manifest(&self.0.db, file.newest().manifest)?;
         file.write(Synced { sequence, manifest })?;
         self.0.synced.store(sequence, Ordering::Release);
         Ok(())
     }
 
+    fn make_state_durable(&self) -> io::Result<()> {
+        self.0.make_state_durable()
+    }
+
     fn view(&self) -> Box<dyn Reads + '_> {
-        Box::new(RocksView { db: &self.0.db, snapshot: self.0.db.snapshot() })
+        let (db, state) = (self.0.db.snapshot(), self.0.state.snapshot());
+        Box::new(RocksView { tables: &self.0, db, state })
     }
 }
 
 struct RocksView<'d> {
-    db: &'d DB,
-    snapshot: rocksdb::Snapshot<'d>,
+    tables: &'d Shared,
+    db: rocksdb::Snapshot<'d>,
+    state: rocksdb::Snapshot<'d>,
+}
+
+impl<'d> RocksView<'d> {
+    fn of(&self, table: Table) -> (&rocksdb::Snapshot<'d>, &ColumnFamily) {
+        let snapshot = if table.is_state() { &self.state } else { &self.db };
+        (snapshot, family(self.tables.database(table), table))
+    }
 }
 
 impl Reads for RocksView<'_> {
     fn get(&self, table: Table, key: &[u8]) -> io::Result<Option<Bytes>> {
-        let value = self.snapshot.get_cf(family(self.db, table), key).map_err(io_error)?;
+        let (snapshot, family) = self.of(table);
+        let value = snapshot.get_cf(family, key).map_err(io_error)?;
         Ok(value.map(Bytes::from))
     }
 
@@ -293,7 +388,8 @@ impl Reads for RocksView<'_> {
         let mut options = range(from, to);
         // Whoever reads a view reads all of it once: what is hot stays in the cache.
         options.fill_cache(false);
-        place(self.snapshot.raw_iterator_cf_opt(family(self.db, table), options), start)
+        let (snapshot, family) = self.of(table);
+        place(snapshot.raw_iterator_cf_opt(family, options), start)
     }
 }
 
@@ -337,19 +433,31 @@ impl Cursor for RocksCursor<'_> {
 struct RocksBatch {
     tables: Arc<Shared>,
     changes: WriteBatch,
+    /// Whether it changes the state; None: it is empty.
+    of_state: Option<bool>,
+}
+
+impl RocksBatch {
+    fn keep_apart(&mut self, table: Table) {
+        let of_state = *self.of_state.get_or_insert(table.is_state());
+        assert_eq!(of_state, table.is_state(), "a batch changes the state alone, or other tables alone");
+    }
 }
 
 impl Batch for RocksBatch {
     fn put(&mut self, table: Table, key: &[u8], value: &[u8]) {
-        self.changes.put_cf(family(&self.tables.db, table), key, value);
+        self.keep_apart(table);
+        self.changes.put_cf(family(self.tables.database(table), table), key, value);
     }
 
     fn delete(&mut self, table: Table, key: &[u8]) {
-        self.changes.delete_cf(family(&self.tables.db, table), key);
+        self.keep_apart(table);
+        self.changes.delete_cf(family(self.tables.database(table), table), key);
     }
 
     fn delete_range(&mut self, table: Table, from: &[u8], to: &[u8]) {
-        self.changes.delete_range_cf(family(&self.tables.db, table), from, to);
+        self.keep_apart(table);
+        self.changes.delete_range_cf(family(self.tables.database(table), table), from, to);
     }
 
     fn bytes(&self) -> usize {
@@ -357,7 +465,11 @@ impl Batch for RocksBatch {
     }
 
     fn write(self: Box<Self>) -> io::Result<()> {
-        let RocksBatch { tables, mut changes } = *self;
+        let RocksBatch { tables, mut changes, of_state } = *self;
+        if of_state == Some(true) {
+            tables.check_background()?;
+            return tables.state.write_without_wal(changes).map_err(io_error);
+        }
         let synced = tables.synced.swap(0, Ordering::AcqRel);
         if synced > 0 {
             changes.put_cf(family(&tables.db, Table::Meta), SYNCED, seal(SYNCED, &synced));
@@ -389,7 +501,7 @@ mod tests {
 
     fn put(tables: &dyn Tables, number: u64) {
         let mut batch = tables.batch();
-        batch.put(Table::State, &number.to_be_bytes(), &[number as u8; 3000]);
+        batch.put(Table::Log, &number.to_be_bytes(), &[number as u8; 3000]);
         batch.write().unwrap();
     }
 
@@ -399,7 +511,7 @@ mod tests {
 
     /// The numbers that are there.
     fn found(tables: &dyn Tables) -> Vec<u64> {
-        let mut cursor = tables.cursor(Table::State, &[], None, Start::First);
+        let mut cursor = tables.cursor(Table::Log, &[], None, Start::First);
         let mut numbers = Vec::new();
         while let Some((key, _)) = cursor.item() {
             assert_eq!(key.len(), KEY_BYTES);
@@ -520,5 +632,158 @@ mod tests {
         assert!(matches!(&refused, HostError::Damaged(_)), "{refused}");
         fs::write(&log, &whole).unwrap();
         assert_eq!(found(&*open(folder.path()).unwrap()).len(), 60);
+    }
+
+    /// Writes a number to the state, in two places.
+    fn put_state(tables: &dyn Tables, number: u64, bytes: usize) {
+        let mut batch = tables.batch();
+        for place in [0, 1] {
+            batch.put(
+                Table::State,
+                &[&[place][..], &number.to_be_bytes()].concat(),
+                &vec![number as u8; bytes],
+            );
+        }
+        batch.write().unwrap();
+    }
+
+    /// How many numbers the state holds, which must be the first ones, and whole.
+    fn found_state(tables: &dyn Tables) -> u64 {
+        let count = |place: u8| {
+            let mut cursor = tables.cursor(Table::State, &[place], Some(&[place + 1]), Start::First);
+            let mut expected = 0_u64;
+            while let Some((key, _)) = cursor.item() {
+                assert_eq!(key[1..], expected.to_be_bytes(), "a batch is missing");
+                expected += 1;
+                cursor.next();
+            }
+            cursor.status().unwrap();
+            expected
+        };
+        assert_eq!(count(0), count(1), "half a batch");
+        count(0)
+    }
+
+    /// What a process that is killed now leaves behind.
+    fn left_by_a_kill(folder: &Path) -> tempfile::TempDir {
+        let copy = tempfile::tempdir().unwrap();
+        for part in ["db", "state"] {
+            fs::create_dir(copy.path().join(part)).unwrap();
+            for entry in fs::read_dir(folder.join(part)).unwrap() {
+                let entry = entry.unwrap();
+                fs::copy(entry.path(), copy.path().join(part).join(entry.file_name())).unwrap();
+            }
+        }
+        for name in ["synced", "synced-state"] {
+            fs::copy(folder.join(name), copy.path().join(name)).unwrap();
+        }
+        copy
+    }
+
+    #[test]
+    fn a_kill_leaves_the_state_after_a_run_of_whole_batches_and_all_that_was_made_durable() {
+        let folder = tempfile::tempdir().unwrap();
+        let tables = open(folder.path()).unwrap();
+        (0..5).for_each(|number| put_state(&*tables, number, 1000));
+        tables.sync().unwrap();
+        assert_eq!(
+            found_state(&*open(left_by_a_kill(folder.path()).path()).unwrap()),
+            0,
+            "a sync took it along"
+        );
+        tables.make_state_durable().unwrap();
+        (5..9).for_each(|number| put_state(&*tables, number, 1000));
+        assert_eq!(found_state(&*open(left_by_a_kill(folder.path()).path()).unwrap()), 5);
+        // More than is kept in memory: RocksDB makes tables by itself, and where they end is its own affair.
+        (9..200).for_each(|number| put_state(&*tables, number, 1 << 19));
+        let begun = std::time::Instant::now();
+        loop {
+            let copy = left_by_a_kill(folder.path());
+            // A table may have been made while its files were copied.
+            if let Ok(killed) = open(copy.path())
+                && (10..200).contains(&found_state(&*killed))
+            {
+                break;
+            }
+            assert!(begun.elapsed().as_secs() < 60, "nothing reaches the disk");
+        }
+        drop(tables);
+        assert_eq!(found_state(&*open(folder.path()).unwrap()), 200, "it was closed in order");
+    }
+
+    #[test]
+    fn the_write_ahead_log_holds_nothing_of_the_state() {
+        let folder = tempfile::tempdir().unwrap();
+        let tables = open(folder.path()).unwrap();
+        put(&*tables, 0);
+        tables.sync().unwrap();
+        let log = newest_log(folder.path());
+        let bytes = log.metadata().unwrap().len();
+        (0..50).for_each(|number| put_state(&*tables, number, 1000));
+        tables.sync().unwrap();
+        assert_eq!((newest_log(folder.path()), log.metadata().unwrap().len()), (log, bytes));
+        let logs = fs::read_dir(folder.path().join("state")).unwrap().map(|entry| entry.unwrap());
+        let written = logs.filter(|entry| entry.path().extension().is_some_and(|end| end == "log"));
+        assert_eq!(written.map(|entry| entry.metadata().unwrap().len()).sum::<u64>(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "a batch changes the state alone, or other tables alone")]
+    fn a_batch_of_the_state_and_of_the_log_is_a_bug() {
+        let folder = tempfile::tempdir().unwrap();
+        let tables = open(folder.path()).unwrap();
+        let mut batch = tables.batch();
+        batch.put(Table::State, b"a", b"");
+        batch.delete(Table::Log, b"a");
+    }
+
+    /// An earlier state is whole, but it isn't the one that something relied on: it may hold half of a snapshot that was loaded later.
+    #[test]
+    fn a_state_that_ends_before_what_was_made_durable_is_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        for number in 0..3 {
+            let tables = open(folder.path()).unwrap();
+            put_state(&*tables, number, 1000);
+            tables.make_state_durable().unwrap();
+        }
+        let state = folder.path().join("state");
+        let refused = |what: &str| {
+            let refused = open(folder.path()).err().expect(what);
+            assert!(matches!(refused, HostError::Damaged(_)), "{what}: {refused}");
+        };
+        let Manifest { number, bytes } = Manifest::find(&state).unwrap();
+        let path = Manifest::path(&state, number);
+        let whole = fs::read(&path).unwrap();
+        for end in (0..bytes as usize).step_by(11).chain([bytes as usize - 1]) {
+            fs::write(&path, &whole[..end]).unwrap();
+            refused("a cut manifest");
+        }
+        fs::write(&path, &whole).unwrap();
+        fs::rename(&state, folder.path().join("aside")).unwrap();
+        refused("no state at all");
+        fs::remove_dir_all(&state).unwrap();
+        fs::rename(folder.path().join("aside"), &state).unwrap();
+        assert_eq!(found_state(&*open(folder.path()).unwrap()), 3);
+    }
+
+    #[test]
+    fn a_damaged_table_of_the_state_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let tables = open(folder.path()).unwrap();
+        (0..100).for_each(|number| put_state(&*tables, number, 1000));
+        drop(tables);
+        let files = fs::read_dir(folder.path().join("state")).unwrap().map(|entry| entry.unwrap().path());
+        let table = files.filter(|path| path.extension().is_some_and(|end| end == "sst")).max().unwrap();
+        let mut bytes = fs::read(&table).unwrap();
+        bytes[50] ^= 4;
+        fs::write(&table, bytes).unwrap();
+        let read = open(folder.path()).map(|tables| {
+            let mut cursor = tables.cursor(Table::State, &[], None, Start::First);
+            while cursor.item().is_some() {
+                cursor.next();
+            }
+            cursor.status().map_err(host_error)
+        });
+        assert!(matches!(read.and_then(|read| read), Err(HostError::Damaged(_))));
     }
 }

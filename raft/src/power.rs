@@ -1,5 +1,5 @@
 //! Rule R9, call by call: what somebody was told survives a loss of power. On a disk in memory that keeps nothing but what was synced,
-//! and that can lose the power before any chosen step.
+//! and of the state what was made durable, or any run of batches more; and that can lose the power before any chosen step.
 
 use std::{
     collections::BTreeMap,
@@ -50,12 +50,14 @@ struct Contents {
 struct Inner {
     now: Contents,
     synced: Contents,
+    /// The state after each batch since it was last made durable: a loss of power may leave any of them.
+    states: Vec<Pairs>,
     /// The power is lost before the step after so many others.
     steps_left: Option<u64>,
     lost: bool,
 }
 
-/// The disk. Tables are synced together, and each file by itself; names at once.
+/// The disk. `Log` and `Meta` are synced together, the state and each file by itself; names at once.
 #[derive(Clone, Default)]
 struct Forgetful(Arc<Mutex<Inner>>);
 
@@ -81,10 +83,21 @@ impl Forgetful {
         if inner.lost { Err(io::Error::other("the power was lost")) } else { Ok(perform(&mut inner)) }
     }
 
-    /// The disk after a loss of power now.
+    /// The disk after a loss of power now, with as little as it may have.
     fn after_loss(&self) -> Forgetful {
-        let synced = self.inner().synced.clone();
-        Forgetful(Arc::new(Mutex::new(Inner { now: synced.clone(), synced, ..Inner::default() })))
+        self.after_losses().swap_remove(0)
+    }
+
+    /// All disks that there may be after a loss of power now.
+    fn after_losses(&self) -> Vec<Forgetful> {
+        let inner = self.inner();
+        let states = std::iter::once(&inner.synced.tables[Table::State as usize]).chain(&inner.states);
+        let found = states.map(|state| {
+            let mut synced = inner.synced.clone();
+            synced.tables[Table::State as usize] = state.clone();
+            Forgetful(Arc::new(Mutex::new(Inner { now: synced.clone(), synced, ..Inner::default() })))
+        });
+        found.collect()
     }
 }
 
@@ -174,7 +187,19 @@ impl Tables for RamTables {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.step(|inner| inner.synced.tables = inner.now.tables.clone())
+        self.0.step(|inner| {
+            for table in Table::ALL.into_iter().filter(|table| !table.is_state()) {
+                inner.synced.tables[table as usize] = inner.now.tables[table as usize].clone();
+            }
+        })
+    }
+
+    fn make_state_durable(&self) -> io::Result<()> {
+        self.0.step(|inner| {
+            let state = Table::State as usize;
+            inner.synced.tables[state] = inner.now.tables[state].clone();
+            inner.states.clear();
+        })
     }
 
     fn view(&self) -> Box<dyn Reads + '_> {
@@ -186,6 +211,13 @@ enum Change {
     Put(Table, Vec<u8>, Bytes),
     Delete(Table, Vec<u8>),
     DeleteRange(Table, Vec<u8>, Vec<u8>),
+}
+
+impl Change {
+    fn is_of_state(&self) -> bool {
+        let (Change::Put(table, ..) | Change::Delete(table, _) | Change::DeleteRange(table, ..)) = self;
+        table.is_state()
+    }
 }
 
 struct RamBatch {
@@ -212,6 +244,11 @@ impl Batch for RamBatch {
 
     fn write(self: Box<Self>) -> io::Result<()> {
         let RamBatch { disk, changes } = *self;
+        let of_state = changes.iter().any(Change::is_of_state);
+        assert!(
+            !of_state || changes.iter().all(Change::is_of_state),
+            "a batch changes the state alone, or others"
+        );
         disk.step(|inner| {
             for change in changes {
                 match change {
@@ -225,6 +262,9 @@ impl Batch for RamBatch {
                         inner.now.tables[table as usize].retain(|key, _| *key < from || *key >= to);
                     }
                 }
+            }
+            if of_state {
+                inner.states.push(inner.now.tables[Table::State as usize].clone());
             }
         })
     }
@@ -384,6 +424,11 @@ impl Opened {
         opened(&self.disk.after_loss()).unwrap()
     }
 
+    /// The same, with all that may be found then.
+    fn all_again(&self) -> Vec<Opened> {
+        self.disk.after_losses().iter().map(|disk| opened(disk).unwrap()).collect()
+    }
+
     async fn apply(&mut self, entries: Vec<Entry>) -> io::Result<()> {
         let entries = entries.into_iter().map(|entry| Ok((entry, None)));
         self.machine.apply(futures::stream::iter(entries)).await
@@ -463,6 +508,61 @@ async fn what_is_purged_is_in_the_state() {
     assert!((1..=8).all(|index| again.holds(index)));
 }
 
+/// The state isn't synced with the log: what is found is the state after some of its flushes, with the entry it ends at, and the log
+/// still has the rest.
+#[tokio::test]
+async fn what_is_lost_of_the_state_is_still_in_the_log() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    let mut found = std::collections::BTreeSet::new();
+    for round in 0..4 {
+        let entries = || (round * 10..round * 10 + 10).map(entry);
+        node.store.blocking_append(entries()).await.unwrap();
+        node.apply(entries().collect()).await.unwrap();
+        node.machine.0.flush().unwrap();
+        if round == 1 {
+            node.machine.0.ensure_snapshot().unwrap();
+            node.store.purge(log_id(15)).await.unwrap();
+        }
+        for mut again in node.all_again() {
+            let applied = again.applied();
+            assert!((1..40).all(|index| again.holds(index) == (Some(index) <= applied)), "half of a flush");
+            let next = applied.map_or(0, |applied| applied + 1);
+            let wanted: Vec<u64> = (next..round * 10 + 10).collect();
+            assert!(entries_of(&mut again).await.ends_with(&wanted), "round {round}: {applied:?} and a hole");
+            again.machine.0.check_reaches(again.log.purged()).unwrap();
+            found.insert((round, applied));
+        }
+    }
+    assert!(found.contains(&(0, None)) && found.contains(&(3, Some(19))), "{found:?}");
+    assert!(!found.contains(&(1, None)) && found.contains(&(3, Some(39))), "{found:?}");
+}
+
+/// Damage, as no loss of power leaves it: the state is that of an earlier day.
+#[tokio::test]
+async fn a_state_that_ends_before_the_log_begins_is_refused_unless_a_snapshot_fills_the_gap() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    node.store.blocking_append((0..10).map(entry)).await.unwrap();
+    node.apply((0..10).map(entry).collect()).await.unwrap();
+    node.machine.0.ensure_snapshot().unwrap();
+    node.store.purge(log_id(8)).await.unwrap();
+    let disk = node.disk.after_loss();
+    disk.inner().now.tables[Table::State as usize].clear();
+    let mut again = opened(&disk).unwrap();
+    again.machine.0.check_reaches(again.log.purged()).unwrap();
+    let (meta, file) = again.machine.0.snapshots.current().unwrap();
+    again.machine.install_snapshot(&meta, file).await.unwrap();
+    assert_eq!(again.applied(), Some(9));
+    assert!((1..10).all(|index| again.again().holds(index)));
+    // And without it.
+    let disk = node.disk.after_loss();
+    disk.inner().now.tables[Table::State as usize].clear();
+    disk.inner().now.files.retain(|path, _| path.extension().is_none_or(|end| end != "snapshot"));
+    let again = opened(&disk).unwrap();
+    let refused = again.machine.0.check_reaches(again.log.purged()).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
+    assert!(refused.to_string().contains("purged up to entry 8"), "{refused}");
+}
+
 /// A snapshot of the first ten entries, as a file under a temporary name on another node's disk.
 async fn received(on: &Opened) -> snapshot::SnapshotFile {
     let mut source = opened(&Forgetful::default()).unwrap();
@@ -504,16 +604,20 @@ async fn a_loss_of_power_anywhere_in_an_install_leaves_the_old_state_or_the_new_
         node.disk.inner().steps_left = Some(steps);
         let installed = node.machine.install_snapshot(&meta, file).await.is_ok();
         let purged = installed && node.store.purge(log_id(9)).await.is_ok();
-        let mut again = node.again();
-        let new = again.applied() == Some(9);
-        assert!(new || !installed, "before step {steps}: it was told, and is forgotten");
-        assert!(again.applied() >= again.log.purged().map(|id| id.index), "before step {steps}: a hole");
-        assert!((1..10).all(|index| again.holds(index) == (new || again.applied() > Some(index))));
-        found[usize::from(new)] += 1;
-        // It can be done again.
-        let file = received(&again).await;
-        again.machine.install_snapshot(&meta, file).await.unwrap();
-        assert!((1..10).all(|index| again.again().holds(index)), "before step {steps}");
+        for mut again in node.all_again() {
+            let new = again.applied() == Some(9);
+            assert!(new || !installed, "before step {steps}: it was told, and is forgotten");
+            assert!(again.applied() >= again.log.purged().map(|id| id.index), "before step {steps}: a hole");
+            let held = |index| new || again.applied() >= Some(index);
+            assert!((1..10).all(|index| again.holds(index) == held(index)), "before step {steps}");
+            found[usize::from(new)] += 1;
+            // It can be done again.
+            let file = received(&again).await;
+            again.machine.install_snapshot(&meta, file).await.unwrap();
+            for again in again.all_again() {
+                assert!((1..10).all(|index| again.holds(index)), "before step {steps}");
+            }
+        }
         steps += 1;
         if purged {
             break;

@@ -5,7 +5,8 @@
 //!   follows behind ([`GroupStore`]): whoever needs it to be in the database, as a snapshot does, flushes first.
 //! - Nobody looks at the machine between the first and the last of the entries that are applied together.
 //! - An error or a panic inside `apply` stops the node: the replica must not go on from a state that others don't have.
-//! - A snapshot is installed beside the state that counts, and counts from one synced write on.
+//! - A snapshot is installed beside the state that counts, is made durable, and counts from one synced write on.
+//! - The log begins where the state on disk ends, or before, or a snapshot fills the gap ([`Replica::check_reaches`]).
 
 use std::{
     io,
@@ -30,7 +31,7 @@ use verdict_protocol::{
 };
 
 use crate::{
-    disk::{Disk, GroupKey, apart, group_key},
+    disk::{Disk, GroupKey, apart, damaged, group_key},
     fatal::Fatal,
     snapshot::{SnapshotFile, Snapshots},
     state::{AppliedState, GroupStore, StoreLimits, remove_other_generations},
@@ -95,6 +96,12 @@ impl<M: Machine> Replica<M> {
         self.applied.subscribe()
     }
 
+    /// Writes all that is applied, for tests.
+    #[cfg(test)]
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        self.flushed().map(drop)
+    }
+
     /// Lets go of the database.
     pub(crate) fn close(&self) {
         self.snapshots.stop();
@@ -120,13 +127,13 @@ impl<M: Machine> Replica<M> {
     fn flushed(&self) -> io::Result<(Arc<Disk>, u32)> {
         let mut core = self.lock();
         self.fatal.check()?;
-        self.flush(&mut core)?;
+        self.write_state(&mut core)?;
         drop(core);
         self.disk()
     }
 
     /// Writes what is applied. An error stops the node, and nothing comes in between.
-    fn flush(&self, core: &mut Core<M>) -> io::Result<()> {
+    fn write_state(&self, core: &mut Core<M>) -> io::Result<()> {
         let written = core.flush();
         if let Err(error) = &written {
             self.fatal.raise(&format!("write the state of group {}: {error}", self.group));
@@ -169,7 +176,7 @@ impl<M: Machine> Replica<M> {
         core.machine.trim(keep_bytes);
         if core.store.applied(count, bytes) {
             failpoint!(STATE_BEFORE_FLUSH, self.group.0);
-            self.flush(&mut core)?;
+            self.write_state(&mut core)?;
             failpoint!(STATE_FLUSHED, self.group.0);
         }
         Ok(())
@@ -183,6 +190,28 @@ impl<M: Machine> Replica<M> {
             self.fatal.raise(&format!("apply entries of group {}: {error}", self.group));
         }
         outcome
+    }
+
+    /// Fails if neither the state nor the newest snapshot goes as far as the log was purged: what is missing is nowhere. If the
+    /// snapshot does, openraft installs it before anything else.
+    pub(crate) fn check_reaches(&self, purged: Option<LogId>) -> io::Result<()> {
+        let applied = *self.applied.borrow();
+        let snapshot = self.snapshots.current().and_then(|(meta, _)| meta.last_log_id);
+        if applied.max(snapshot) < purged {
+            let index =
+                |id: Option<LogId>| id.map_or("nothing".to_owned(), |id| format!("entry {}", id.index));
+            return Err(damaged(&format!(
+                "the log of group {} was purged up to {}, but its state on disk ends at {} and its newest snapshot at {}",
+                self.group,
+                index(purged),
+                index(applied),
+                index(snapshot)
+            )));
+        }
+        if applied < purged {
+            tracing::warn!(group = %self.group, "the state on disk is behind the log; it starts from the newest snapshot");
+        }
+        Ok(())
     }
 
     /// Makes a snapshot of all that is applied, if there is none.
@@ -202,7 +231,7 @@ impl<M: Machine> Replica<M> {
         let meta = self.snapshots.load(&disk, file, generation)?;
         self.snapshots.publish(&file.path, meta)?;
         failpoint!(INSTALL_BEFORE_SWITCH, self.group.0, fails)?;
-        // From this write on the new state counts; it also makes all of it durable.
+        // From this write on the new state counts. It is all on disk.
         disk.write_meta(&group_key(self.group, GroupKey::Generation), &generation)?;
         failpoint!(INSTALL_SWITCHED, self.group.0, fails)?;
         let core = Core::open(disk.clone(), self.group, generation, &self.config, self.limits)?;

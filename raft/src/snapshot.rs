@@ -2,6 +2,9 @@
 //!
 //! A file is written aside, synced, and renamed; it ends with the hash of all before it. So a file under its final name is
 //! whole, or its hash tells. The format is described in `docs/storage.md`.
+//!
+//! The log is purged behind a snapshot. A snapshot may turn out to be damaged, so the state that it was made of, or loaded into, is
+//! durable before it counts.
 
 use std::{
     io::{self, BufReader, Read},
@@ -150,6 +153,8 @@ impl Snapshots {
         cursor.status()?;
         failpoint!(SNAPSHOT_BUILDING, self.group.0, fails)?;
         writer.finish()?;
+        // All that the view shows was written before.
+        disk.tables().make_state_durable()?;
         failpoint!(SNAPSHOT_BEFORE_RENAME, self.group.0, fails)?;
         self.publish(&path, meta)
     }
@@ -182,7 +187,7 @@ impl Snapshots {
         Ok((meta, file))
     }
 
-    /// Loads a file into `generation`, which nobody reads yet, and checks the whole of it.
+    /// Loads a file into `generation`, which nobody reads yet, and checks the whole of it. Durable on return.
     pub(crate) fn load(&self, disk: &Disk, file: &SnapshotFile, generation: u32) -> io::Result<SnapshotMeta> {
         let start = prefix(self.group, generation);
         let mut reader = FileReader::open(file, self.group)?;
@@ -196,6 +201,7 @@ impl Snapshots {
             batch.write()?;
             failpoint!(INSTALL_LOADING, self.group.0, fails)?;
         }
+        disk.tables().make_state_durable()?;
         Ok(reader.header.meta)
     }
 

@@ -8,7 +8,8 @@
 //! Invariants:
 //! - Reads see all earlier writes, flushed or not.
 //! - What the database holds is the state after whole entries, up to the applied log id that stands beside it.
-//! - The log is purged only up to a snapshot, and a snapshot is made of what was flushed: no entry that is needed again is gone.
+//! - An entry is purged only when the state that includes it is in a table on disk: the log is purged only up to a snapshot, and a
+//!   snapshot counts only once the state that it was made of is durable ([`Snapshots::build`](crate::snapshot::Snapshots::build)).
 //! - Every key stands under its group and generation; a snapshot is installed as a new generation.
 
 use std::{
@@ -201,7 +202,7 @@ impl GroupStore {
         self.behind_entries >= self.limits.behind_entries || self.behind_bytes >= self.limits.behind_bytes
     }
 
-    /// Writes all changes, those that the machine has kept, and the applied log id in one atomic step, without sync.
+    /// Writes all changes, those that the machine has kept, and the applied log id in one atomic step. It isn't durable with it.
     ///
     /// An error is final: the machine takes for stored what may not be, so nothing may be read or written here any more.
     pub(crate) fn flush<M: Machine>(&mut self, machine: &mut M, state: &AppliedState) -> io::Result<()> {
@@ -584,6 +585,10 @@ mod tests {
 
         fn sync(&self) -> io::Result<()> {
             self.0.sync()
+        }
+
+        fn make_state_durable(&self) -> io::Result<()> {
+            self.0.make_state_durable()
         }
 
         fn view(&self) -> Box<dyn Reads + '_> {

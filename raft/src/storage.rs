@@ -1,13 +1,17 @@
-//! What a node needs of its disk, and nothing more: three ordered tables that are written together, and a few files.
+//! What a node needs of its disk, and nothing more: three ordered tables, and a few files.
 //!
 //! [`crate::OnDisk`] is the disk of this machine: RocksDB and plain files. A simulation brings a disk of its own, which can lose
 //! what wasn't synced, fail, or be full.
 //!
+//! The state of the machines stands apart from the other tables: it has no log of its own, because the Raft log is one.
+//!
 //! What whoever implements it promises:
-//! - A batch is written whole or not at all, whatever happens.
-//! - What is written can be read at once. Only what a sync followed is sure to be there after a loss of power; of the batches
-//!   since then an unbroken run from the first may be.
-//! - One log stands behind all tables: a sync makes all batches durable that were written before it began.
+//! - A batch is written whole or not at all, whatever happens. It is one of the state alone, or one of the other tables alone.
+//! - What is written can be read at once. Of `Log` and `Meta` only what a sync followed is sure to be there after a loss of power;
+//!   of the batches since then an unbroken run from the first may be.
+//! - Of `State` only what [`Tables::make_state_durable`] followed is sure to be there, and not only after a loss of power, but
+//!   also when the process was killed; of the batches since then an unbroken run from the first may be.
+//! - The two promise nothing about each other: the state may be found to go further than the log, or less far.
 //! - After an error of a write or a sync nothing is promised: whoever gets one stops the node.
 
 use std::{
@@ -35,6 +39,14 @@ pub enum Table {
 impl Table {
     /// All tables.
     pub const ALL: [Table; 3] = [Table::Log, Table::Meta, Table::State];
+
+    /// Whether it is the one that is made durable by [`Tables::make_state_durable`], and not by [`Tables::sync`].
+    pub fn is_state(self) -> bool {
+        match self {
+            Table::State => true,
+            Table::Log | Table::Meta => false,
+        }
+    }
 }
 
 /// Where a cursor starts.
@@ -82,19 +94,22 @@ pub trait Tables: Reads + Send + Sync {
     /// An empty batch.
     fn batch(&self) -> Box<dyn Batch>;
 
-    /// Makes everything durable that was written before the call.
+    /// Makes everything durable that was written to `Log` and `Meta` before the call.
     fn sync(&self) -> io::Result<()>;
+
+    /// Makes everything durable that was written to `State` before the call. It may take as long as writing some ten megabytes.
+    fn make_state_durable(&self) -> io::Result<()>;
 
     /// The same, for the log writer, which can wait for a disk whose time is simulated.
     fn sync_in_time(&self) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(std::future::ready(self.sync()))
     }
 
-    /// All tables as they are now, whatever is written later.
+    /// All tables as they are now, whatever is written later. `State` may be that of a moment later than the others.
     fn view(&self) -> Box<dyn Reads + '_>;
 }
 
-/// Changes that are written together.
+/// Changes that are written together: of `State` alone, or of other tables alone. To mix them is a bug.
 pub trait Batch: Send {
     /// Sets a value.
     fn put(&mut self, table: Table, key: &[u8], value: &[u8]);

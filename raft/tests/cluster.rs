@@ -470,7 +470,7 @@ async fn a_new_leader_confirms_reads_only_when_it_has_applied_what_was_committed
 }
 
 fn open_database(path: &Path) -> DB {
-    let families = ["default", "log", "meta", "state"];
+    let families = ["default", "log", "meta"];
     let families = families.map(|name| ColumnFamilyDescriptor::new(name, Options::default()));
     DB::open_cf_descriptors(&Options::default(), path.join("db"), families).unwrap()
 }
@@ -550,6 +550,74 @@ fn write_ahead_log(path: &Path) -> PathBuf {
     let files = std::fs::read_dir(path.join("db")).unwrap().map(|entry| entry.unwrap().path());
     let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
     logs.filter(|path| path.metadata().unwrap().len() > 0).max().unwrap()
+}
+
+/// A node that has made a snapshot and purged the log behind it, stopped.
+async fn with_a_purged_log() -> Cluster {
+    let mut cluster = Cluster::start_three(small_snapshots()).await;
+    let begun = Instant::now();
+    while cluster.group(1).status().purged_index == 0 {
+        for call in 0..30 {
+            cluster.propose(&format!("{call:02}{call}")).await;
+        }
+        assert!(begun.elapsed() < PATIENCE, "the log isn't purged");
+    }
+    cluster.converge().await;
+    cluster.stop(1).await;
+    cluster
+}
+
+/// All of its state is gone, and that it was there is forgotten.
+fn lose_state(path: &Path) {
+    std::fs::remove_dir_all(path.join("state")).unwrap();
+    std::fs::remove_file(path.join("synced-state")).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_state_is_behind_its_purged_log_starts_from_its_snapshot() {
+    let mut cluster = with_a_purged_log().await;
+    lose_state(&cluster.path(1));
+    // Alone, so that nobody can send it a snapshot.
+    for node in [2, 3] {
+        cluster.stop(node).await;
+    }
+    cluster.start(1).await;
+    let status = cluster.group(1).status();
+    assert!(status.snapshot_index >= status.purged_index && status.purged_index > 0, "{status:?}");
+    assert!(status.applied_index >= status.snapshot_index, "{status:?}");
+    for node in [2, 3] {
+        cluster.start(node).await;
+    }
+    cluster.converge().await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_state_is_behind_its_purged_log_without_a_snapshot_is_refused() {
+    let cluster = with_a_purged_log().await;
+    lose_state(&cluster.path(1));
+    std::fs::remove_dir_all(cluster.path(1).join("snapshots")).unwrap();
+    let refused = cluster.try_start(1).await.err().unwrap();
+    assert!(
+        matches!(&refused, HostError::Damaged(why) if why.contains("was purged up to") && why.contains("ends at nothing")),
+        "{refused}"
+    );
+    cluster.propose("a=1").await;
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_log_is_whole_applies_it_again_if_the_state_is_gone() {
+    let mut cluster = Cluster::start_three(Limits::default()).await;
+    for call in 0..20 {
+        cluster.propose(&format!("{call:02}{call}")).await;
+    }
+    let position = cluster.converge().await;
+    cluster.stop(1).await;
+    lose_state(&cluster.path(1));
+    cluster.start(1).await;
+    assert!(cluster.converge().await.index >= position.index);
+    cluster.stop_all().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -743,7 +811,7 @@ fn kind(path: &Path) -> Option<&'static str> {
     let name = path.file_name()?.to_str()?;
     match name {
         "acknowledged" => Some("acknowledged"),
-        "synced" => Some("synced"),
+        "synced" | "synced-state" => Some("synced"),
         "CURRENT" => Some("CURRENT"),
         _ if name.starts_with("MANIFEST") => Some("manifest"),
         _ if name.ends_with(".sst") => Some("table"),
@@ -786,14 +854,15 @@ fn damage(path: &Path, seed: &mut u64) -> String {
     format!("{name} flipped at {place}, bit {bit}")
 }
 
-/// Everything that a machine keeps.
+/// Everything that a machine keeps, what it has in memory alone included.
 fn contents(group: &Group<Registers>) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, StoreError> {
-    group.read(|_, store| {
+    group.read(|machine, store| {
         let mut found = BTreeMap::new();
         store.scan(b"\x10", b"\x12", &mut |key, value| {
             found.insert(key.to_vec(), value.to_vec());
             true
         })?;
+        found.insert(b"\x10count".to_vec(), machine.applied.to_be_bytes().to_vec());
         Ok(found)
     })
 }

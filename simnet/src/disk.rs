@@ -3,6 +3,8 @@
 //! It outlives the node that uses it. What a node wrote stays visible to it at once; what survives is decided when the power is lost:
 //! - Of the batches since the last sync an unbroken run from the first survives: all, none, or any number. A batch whose write
 //!   was torn is one that doesn't survive, as a database with checksums in its log has it.
+//! - The state is apart from the other tables, and goes its own way: of its batches since it was last made durable an unbroken run from
+//!   the first survives, whatever becomes of the others. That is so when the process ends as well: it was in its memory.
 //! - Of the writes to a file since its last sync any survive, each whole or torn. A file that was never synced may vanish; one
 //!   that was removed since the folder was last synced may be back.
 //! - After a failed sync what was to be synced, and all that comes later, never reaches the disk, though later syncs say that it
@@ -39,6 +41,13 @@ enum Change {
 #[derive(Clone, Debug, Default)]
 struct Contents([Arc<Pairs>; Table::ALL.len()]);
 
+impl Change {
+    fn is_of_state(&self) -> bool {
+        let (Change::Put(table, ..) | Change::Delete(table, _) | Change::DeleteRange(table, ..)) = self;
+        table.is_state()
+    }
+}
+
 impl Contents {
     fn of(&self, table: Table) -> &Arc<Pairs> {
         &self.0[table as usize]
@@ -63,6 +72,10 @@ impl Contents {
                 }
             }
         }
+    }
+
+    fn pairs_of_state(&mut self) -> &mut Arc<Pairs> {
+        &mut self.0[Table::State as usize]
     }
 
     fn pairs(&mut self, table: Table) -> &mut Pairs {
@@ -141,6 +154,10 @@ struct Inner {
     /// Batches since the last sync, and the number of the first of them.
     unsynced: Vec<Vec<Change>>,
     unsynced_first: u64,
+    /// Batches of the state since it was last made durable.
+    volatile: Vec<Vec<Change>>,
+    /// The state could not be made durable once: it never is again.
+    lying_of_state: bool,
     files: BTreeMap<PathBuf, SharedFile>,
     removed: BTreeMap<PathBuf, SharedFile>,
     faults: Faults,
@@ -175,6 +192,8 @@ impl Disk {
             synced: Contents::default(),
             unsynced: Vec::new(),
             unsynced_first: 0,
+            volatile: Vec::new(),
+            lying_of_state: false,
             files: BTreeMap::new(),
             removed: BTreeMap::new(),
             faults: Faults::default(),
@@ -196,10 +215,11 @@ impl Disk {
         let mut inner = self.lock();
         inner.boot += 1;
         inner.harm = None;
+        inner.lose_state();
         Disk { inner: self.inner.clone(), boot: inner.boot }
     }
 
-    /// The process was killed: all that it wrote is still there, but nothing it has open works any more.
+    /// The process was killed: all that it wrote is still there, but for the state, and nothing it has open works any more.
     pub(crate) fn kill(&self) {
         let mut inner = self.lock();
         (inner.off, inner.harm) = (true, Some(Harm::Off));
@@ -264,7 +284,16 @@ impl Disk {
         let mut inner = self.change()?;
         inner.need_room()?;
         inner.now.apply(&batch);
-        inner.unsynced.push(batch);
+        let of_state = batch.iter().any(Change::is_of_state);
+        assert!(
+            !of_state || batch.iter().all(Change::is_of_state),
+            "a batch changes the state alone, or others"
+        );
+        if of_state {
+            inner.volatile.push(batch)
+        } else {
+            inner.unsynced.push(batch)
+        }
         Ok(())
     }
 
@@ -319,7 +348,29 @@ impl Inner {
         }
     }
 
+    /// What wasn't made durable of the state is gone, but for what the database had made so by itself.
+    fn lose_state(&mut self) {
+        let waiting = self.volatile.len() as u64;
+        let lying = std::mem::take(&mut self.lying_of_state);
+        if waiting == 0 {
+            return;
+        }
+        let kept = match self.random.below(3) {
+            _ if lying => 0,
+            0 => 0,
+            1 => waiting,
+            _ => self.random.below(waiting + 1),
+        };
+        self.counts.batches_kept_by_chance += kept;
+        self.counts.batches_lost += waiting - kept;
+        for batch in std::mem::take(&mut self.volatile).into_iter().take(kept as usize) {
+            self.synced.apply(&batch);
+        }
+        *self.now.pairs_of_state() = self.synced.of(Table::State).clone();
+    }
+
     fn lose_power(&mut self) {
+        self.lose_state();
         (self.off, self.harm) = (true, Some(Harm::Off));
         let waiting = self.unsynced.len() as u64;
         let kept = match self.random.below(3) {
@@ -496,6 +547,22 @@ impl Tables for Disk {
         self.sync_up_to(self.written()?)
     }
 
+    fn make_state_durable(&self) -> io::Result<()> {
+        let mut inner = self.change()?;
+        inner.need_room()?;
+        if let Err(error) = inner.may_fail_sync() {
+            inner.lying_of_state = true;
+            inner.counts.failed_syncs += 1;
+            return Err(error);
+        }
+        if !inner.lying_of_state {
+            for batch in std::mem::take(&mut inner.volatile) {
+                inner.synced.apply(&batch);
+            }
+        }
+        Ok(())
+    }
+
     fn sync_in_time(&self) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(async {
             let end = self.written()?;
@@ -638,8 +705,9 @@ mod tests {
 
     fn write(disk: &Disk, key: &str) {
         let mut batch = disk.batch();
-        batch.put(Table::Log, key.as_bytes(), b"value");
-        batch.put(Table::State, key.as_bytes(), b"value");
+        for table in [Table::Log, Table::Meta] {
+            batch.put(table, key.as_bytes(), b"value");
+        }
         batch.write().unwrap();
     }
 
@@ -668,11 +736,59 @@ mod tests {
             let there: Vec<bool> = ["b", "c", "d"].map(|key| has(&disk, Table::Log, key)).into();
             assert!(there.is_sorted_by(|before, after| before >= after), "a hole: {there:?}");
             for (key, there) in ["b", "c", "d"].iter().zip(&there) {
-                assert_eq!(has(&disk, Table::State, key), *there, "half a batch");
+                assert_eq!(has(&disk, Table::Meta, key), *there, "half a batch");
             }
             kept[there.iter().filter(|there| **there).count()] += 1;
         }
         assert!(kept.iter().all(|times| *times > 0), "every length happens: {kept:?}");
+    }
+
+    #[test]
+    fn of_the_state_a_run_of_whole_batches_survives_whether_the_power_is_lost_or_the_process_killed() {
+        for kills in [false, true] {
+            let mut kept = [0; 4];
+            for seed in 0..200 {
+                let disk = fresh(seed);
+                let write = |key: &str| {
+                    let mut batch = disk.batch();
+                    batch.put(Table::State, key.as_bytes(), b"value");
+                    batch.put(Table::State, format!("{key}2").as_bytes(), b"value");
+                    batch.write().unwrap();
+                };
+                write("a");
+                disk.make_state_durable().unwrap();
+                ["b", "c", "d"].into_iter().for_each(write);
+                disk.sync().unwrap();
+                if kills {
+                    disk.kill()
+                } else {
+                    disk.lose_power()
+                }
+                let disk = disk.start();
+                assert!(has(&disk, Table::State, "a"));
+                let there: Vec<bool> = ["b", "c", "d"].map(|key| has(&disk, Table::State, key)).into();
+                assert!(there.is_sorted_by(|before, after| before >= after), "a hole: {there:?}");
+                let others = ["b2", "c2", "d2"].map(|key| has(&disk, Table::State, key));
+                assert_eq!(there, others, "half a batch");
+                kept[there.iter().filter(|there| **there).count()] += 1;
+            }
+            assert!(kept.iter().all(|times| *times > 0), "every length happens: {kept:?}");
+        }
+    }
+
+    #[test]
+    fn a_state_that_could_not_be_made_durable_never_is() {
+        for seed in 0..20 {
+            let disk = fresh(seed);
+            let mut batch = disk.batch();
+            batch.put(Table::State, b"a", b"value");
+            batch.write().unwrap();
+            disk.fault(|faults| faults.fail_sync_after = Some(0));
+            assert!(disk.make_state_durable().is_err());
+            disk.make_state_durable().unwrap();
+            disk.kill();
+            assert!(!has(&disk.start(), Table::State, "a"));
+        }
     }
 
     #[test]
