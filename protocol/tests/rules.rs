@@ -7,11 +7,12 @@ use verdict_protocol::{
     coordinator::{Act, CoordinatorEntry, CoordinatorReply, Keep, Window},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
     leader::{Event, Reply},
-    machine::encode,
+    machine::{encode, position},
     messages::{
         Abort, AbortReason, Decision, Done, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind,
     },
     roster::{self, NodeChange, NodeRefusal, NodeWish},
+    store::Store,
 };
 use world::{Packet, START, World};
 
@@ -375,6 +376,34 @@ fn a_part_that_was_let_in_is_held_after_a_restart() {
         assert_eq!(only_vote(&mut world, 1, put(next, next.into())), VoteKind::Yes, "R3: a YES stands");
     }
     assert_eq!(world.row(&row()).value, RowValue::Record(bytes::Bytes::from(vec![8])));
+}
+
+/// Promise G10: two replicas that were the same and are not have other hashes once it makes a difference.
+#[test]
+fn a_replica_that_has_lost_a_row_is_told_by_its_hash() {
+    let mut world = greeted(1);
+    assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 1), 5)), VoteKind::Yes);
+    end(&mut world, outcome(7, number(1, 1), Some(4)));
+    let group = world.shards.get_mut(&ShardId(1)).unwrap();
+    group.check_replicas();
+    let (store, _) = &mut group.replicas[1].flushed;
+    let found: Vec<_> = store.iter().map(|(key, _)| key.to_vec()).filter(|key| key[0] == 0x10).collect();
+    assert_eq!(found.len(), 1, "the settled value of a row");
+    store.delete(&found[0]).unwrap();
+    group.restart(1);
+    let hashes = |world: &mut World| {
+        let group = world.shards.get_mut(&ShardId(1)).unwrap();
+        group.catch_up(1);
+        [0, 1].map(|place| position(&group.replicas[place].store).unwrap().hash)
+    };
+    let [one, other] = hashes(&mut world);
+    assert_eq!(one, other, "nothing was done with it");
+    assert_eq!(only_vote(&mut world, 1, prepare(8, number(1, 2), 5)), VoteKind::Yes);
+    let [one, other] = hashes(&mut world);
+    assert_eq!(one, other, "the vote is the same");
+    end(&mut world, outcome(8, number(1, 2), Some(6)));
+    let [one, other] = hashes(&mut world);
+    assert_ne!(one, other, "one holds 10, the other 5");
 }
 
 #[test]

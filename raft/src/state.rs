@@ -464,9 +464,9 @@ mod tests {
         storage::{Batch, Cursor, File, Open, Reads, Storage, Tables},
     };
 
-    /// A machine that keeps some changes in memory.
+    /// A machine that keeps some changes in memory, and how much it was told to keep at the last flush.
     #[derive(Default)]
-    struct Kept(Vec<u8>);
+    struct Kept(Vec<u8>, usize);
 
     impl Machine for Kept {
         type Reply = ();
@@ -482,7 +482,8 @@ mod tests {
             Ok(())
         }
 
-        fn flush(&mut self, store: &mut dyn Store, _: usize) -> Result<(), StoreError> {
+        fn flush(&mut self, store: &mut dyn Store, keep_bytes: usize) -> Result<(), StoreError> {
+            self.1 = keep_bytes;
             self.0.drain(..).try_for_each(|byte| store.bring(&[byte], Some(b"kept")))
         }
     }
@@ -633,6 +634,7 @@ mod tests {
         store.flush(&mut machine, &AppliedState::default()).unwrap();
         assert_eq!(store.get(b"m").unwrap().as_deref(), Some(&b"kept"[..]));
         assert!(!store.applied(1), "all that was behind is written");
+        assert_eq!(machine.1, limits.cache_bytes, "what a machine may keep is bounded");
     }
 
     /// Against a plain map: whatever is asked, and whenever it is written, dropped from memory or opened again.

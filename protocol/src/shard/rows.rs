@@ -465,6 +465,23 @@ mod tests {
     }
 
     #[test]
+    fn a_flush_of_the_shard_lets_go_of_what_it_may_not_keep() {
+        use crate::{batch::Placement, ids::ShardId, machine::Machine as _, shard};
+        let config = shard::ShardConfig {
+            shard: ShardId(1),
+            placement: Placement { shards: 1 },
+            sweep_interval: shard::SWEEP_INTERVAL,
+        };
+        let mut store = MemoryStore::default();
+        let mut shard = shard::Shard::open(&config, &store).unwrap();
+        shard.rows.seat(&store, &row("a")).unwrap();
+        shard.flush(&mut store, usize::MAX).unwrap();
+        assert!(shard.rows.find(&row("a")).is_some(), "it is read once");
+        shard.flush(&mut store, 0).unwrap();
+        assert!(shard.rows.find(&row("a")).is_none(), "memory is bounded");
+    }
+
+    #[test]
     fn deltas_out_of_order_end_as_if_in_order() {
         let row = row("user:1");
         let deltas = [(2, 10), (5, -3), (9, 4), (11, -11)];
