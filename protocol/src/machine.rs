@@ -234,9 +234,9 @@ mod tests {
             |store| Ok(store.note(&[b"", b"ab"])),
         ];
         let made: [Change; 4] = [
-            |store| store.put(b"a", b"b"),
+            |store| store.put(b"a", b"d"),
             |store| store.put(b"a", b"c"),
-            |store| store.put_new(b"b", b""),
+            |store| store.put_new(b"b", b"d"),
             |store| store.delete(b"a"),
         ];
         let mut hashes: Vec<_> = note.into_iter().chain(made).map(hash).chain([nothing]).collect();
