@@ -366,6 +366,8 @@ mod tests {
 
         fn flush(&mut self, keep_bytes: usize) {
             self.rows.store_all(&mut self.store).unwrap();
+            let mut rows = self.rows.slots.iter().flatten();
+            assert!(rows.all(|row| row.unstored.is_empty()), "a flush stores all");
             self.rows.trim(keep_bytes);
         }
 
@@ -434,7 +436,7 @@ mod tests {
     #[test]
     fn rows_that_are_held_or_not_stored_stay_in_memory() {
         let mut table = Table::default();
-        let (idle, held, changed) = (row("idle"), row("held"), row("changed"));
+        let (idle, held, changed, waited) = (row("idle"), row("held"), row("changed"), row("waited"));
         let ticket = crate::shard::Ticket {
             number: crate::ids::Number::default(),
             coordinator: crate::ids::GroupId(0),
@@ -451,14 +453,18 @@ mod tests {
         table.rows.seat(&table.store, &idle).unwrap();
         let slot = table.rows.seat(&table.store, &held).unwrap();
         table.rows.lock_mut(slot).hold(ticket, claim);
+        let line = table.rows.seat(&table.store, &waited).unwrap();
+        table.rows.lock_mut(line).wait(ticket, claim);
         table.add(&changed, 1, 5, 0);
         table.rows.trim(0);
         assert!(table.rows.find(&idle).is_none(), "nobody needs it");
         assert!(table.rows.find(&held).is_some() && table.rows.find(&changed).is_some());
         table.flush(0);
         assert!(table.rows.find(&held).is_some() && table.rows.find(&changed).is_none());
+        assert!(table.rows.find(&waited).is_some(), "a part that waits stands in line there");
         assert_eq!(table.rows.row(slot).key(), &held, "who is held keeps its slot");
         table.rows.lock_mut(slot).remove(ticket);
+        table.rows.lock_mut(line).remove(ticket);
         table.rows.trim(0);
         assert_eq!(table.rows.bytes, 0);
         assert_eq!(table.at(&changed, 1).value, RowValue::Balance(5));
