@@ -49,7 +49,7 @@ chosen() {
   local patch prefix
   for patch in bugs/*.patch; do
     for prefix in "${prefixes[@]-}"; do
-      [[ $(basename "$patch") == "$prefix"* ]] && { echo "$patch"; break; }
+      [[ ${patch##*/} == "$prefix"* ]] && { echo "$patch"; break; }
     done
   done
 }

@@ -191,3 +191,63 @@ impl Store for HashedStore<'_> {
         self.inner.last(from, to)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::MemoryStore;
+
+    type Change = fn(&mut dyn Store) -> Result<(), StoreError>;
+
+    /// Makes one change with each command.
+    struct Makes(Change);
+
+    impl Machine for Makes {
+        type Reply = ();
+        type Config = Change;
+
+        fn open(change: &Change, _: &dyn Store) -> Result<Makes, StoreError> {
+            Ok(Makes(*change))
+        }
+
+        fn apply(&mut self, store: &mut dyn Store, _: u64, _: &[u8]) -> Result<(), StoreError> {
+            (self.0)(store)
+        }
+
+        fn flush(&mut self, _: &mut dyn Store) -> Result<(), StoreError> {
+            Ok(())
+        }
+
+        fn trim(&mut self, _: usize) {}
+    }
+
+    /// The running hash after one change.
+    fn hash(change: Change) -> [u8; 32] {
+        let mut store = MemoryStore::default();
+        apply(&mut Makes(change), &mut store, 1, b"command").unwrap();
+        position(&store).unwrap().hash
+    }
+
+    /// Promise G10: replicas with the same hash have made the same changes, whenever each of them was flushed.
+    #[test]
+    fn the_hash_tells_changes_apart_and_not_flushes() {
+        let nothing = hash(|_| Ok(()));
+        let note: [Change; 4] = [
+            |store| Ok(store.note(&[b"ab"])),
+            |store| Ok(store.note(&[b"ac"])),
+            |store| Ok(store.note(&[b"a", b"b"])),
+            |store| Ok(store.note(&[b"", b"ab"])),
+        ];
+        let made: [Change; 4] = [
+            |store| store.put(b"a", b"d"),
+            |store| store.put(b"a", b"c"),
+            |store| store.put_new(b"b", b"d"),
+            |store| store.delete(b"a"),
+        ];
+        let mut hashes: Vec<_> = note.into_iter().chain(made).map(hash).chain([nothing]).collect();
+        hashes.sort_unstable();
+        assert!(hashes.windows(2).all(|pair| pair[0] != pair[1]), "two changes have the same hash");
+        assert_eq!(hash(|store| store.bring(b"a", Some(b"b"))), nothing, "it was noted before");
+        assert_eq!(hash(|store| store.bring(b"a", None)), nothing, "it was noted before");
+    }
+}

@@ -300,6 +300,39 @@ fn versions_are_bounded_by_what_is_kept_of_the_history() {
     world.check_at_rest();
 }
 
+/// Promise G10: when versions are dropped doesn't depend on how often a replica was started.
+#[test]
+fn a_replica_that_starts_again_drops_the_same_versions() {
+    let mut world = started(1, remembering(10_000, 20));
+    for serial in 0..200 {
+        settle_one(&mut world, serial, &[1]);
+        if serial % 7 == 0 {
+            let group = world.shards.get_mut(&ShardId(1)).unwrap();
+            group.restart((serial / 7 % 2) as usize);
+            group.check_replicas();
+        }
+    }
+    assert!(versions(&world, 1) < 100, "{} of 200 versions are left", versions(&world, 1));
+    world.settle();
+    world.check_at_rest();
+}
+
+/// A shard remembers only who has said something that lasts, and so does one that starts again.
+#[test]
+fn a_coordinator_that_never_greeted_holds_back_no_history() {
+    let mut world = started(1, remembering(10_000, 20));
+    let (placement, coordinator) = (world.config.placement, GroupId(9));
+    let entry = world.shard_entry(ToShard { placement, coordinator, epoch: Epoch(1), ..ToShard::default() });
+    world.shards.get_mut(&ShardId(1)).unwrap().commit(encode(&entry));
+    for serial in 0..100 {
+        settle_one(&mut world, serial, &[1]);
+    }
+    let history = world.shards[&ShardId(1)].leading().machine.history();
+    assert!(history > Stamp(50), "100 commits, 20 kept: {history}");
+    world.settle();
+    world.check_at_rest();
+}
+
 #[test]
 fn a_read_that_waits_keeps_what_it_needs() {
     let mut world = started(1, |config| {

@@ -7,11 +7,12 @@ use verdict_protocol::{
     coordinator::{Act, CoordinatorEntry, CoordinatorReply, Keep, Window},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
     leader::{Event, Reply},
-    machine::encode,
+    machine::{encode, position},
     messages::{
         Abort, AbortReason, Decision, Done, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind,
     },
     roster::{self, NodeChange, NodeRefusal, NodeWish},
+    store::Store,
 };
 use world::{Packet, START, World};
 
@@ -326,6 +327,83 @@ fn a_finished_part_does_not_come_back_with_a_restart() {
     assert_eq!(world.shards[&ShardId(1)].leading().machine.held().count(), 0);
     end(&mut world, outcome(7, number(1, 1), Some(4)));
     assert_eq!(world.row(&row()).value, RowValue::Balance(5), "a second commit has a second effect");
+    // One that was there at the start is no other.
+    assert_eq!(only_vote(&mut world, 1, prepare(9, number(1, 3), 5)), VoteKind::Yes);
+    restart_all(&mut world);
+    end(&mut world, outcome(9, number(1, 3), None));
+    restart_all(&mut world);
+    assert_eq!(world.shards[&ShardId(1)].leading().machine.held().count(), 0);
+}
+
+/// The earlier try of a batch goes, and the later one comes, with the same entry.
+#[test]
+fn a_later_try_is_held_after_a_restart() {
+    let mut world = greeted(1);
+    for sequence in 1..4 {
+        let prepare = prepare(7, number(1, sequence), 5);
+        assert_eq!(only_vote(&mut world, 1, prepare), VoteKind::Yes);
+        restart_all(&mut world);
+        let held: Vec<_> = world.shards[&ShardId(1)].leading().machine.held().collect();
+        assert_eq!(held.len(), 1, "R3: try {sequence}");
+        assert_eq!((held[0].part.number, &held[0].part.vote), (number(1, sequence), &VoteKind::Yes));
+    }
+    end(&mut world, outcome(7, number(1, 3), Some(4)));
+    restart_all(&mut world);
+    assert_eq!(world.row(&row()).value, RowValue::Balance(5));
+    assert_eq!(world.shards[&ShardId(1)].leading().machine.held().count(), 0);
+}
+
+#[test]
+fn a_part_that_was_let_in_is_held_after_a_restart() {
+    let mut world = greeted(1);
+    let put = |letter: u8, sequence| {
+        let mut prepare = prepare(letter, number(1, sequence), 0);
+        prepare.operations[0].1.kind = OperationKind::Put(bytes::Bytes::from(vec![letter]));
+        prepare
+    };
+    for (letter, vote) in [(7, VoteKind::Yes), (8, VoteKind::Waiting), (9, VoteKind::Waiting)] {
+        assert_eq!(only_vote(&mut world, 1, put(letter, letter.into())), vote);
+    }
+    restart_all(&mut world);
+    for (letter, next) in [(7, 8), (8, 9)] {
+        let outcomes = vec![outcome(letter, number(1, letter.into()), Some(letter.into()))];
+        let (answer, _) = say(&mut world, ToShard { epoch: Epoch(1), outcomes, ..ToShard::default() });
+        assert_eq!(answer.done.len(), 1);
+        assert!(!answer.done[0].lost);
+        let votes: Vec<_> = answer.votes.iter().map(|vote| (vote.id, &vote.kind)).collect();
+        assert_eq!(votes, [(id(next), &VoteKind::Yes)], "who waits is let in");
+        restart_all(&mut world);
+        assert_eq!(only_vote(&mut world, 1, put(next, next.into())), VoteKind::Yes, "R3: a YES stands");
+    }
+    assert_eq!(world.row(&row()).value, RowValue::Record(bytes::Bytes::from(vec![8])));
+}
+
+/// Promise G10: two replicas that were the same and are not have other hashes once it makes a difference.
+#[test]
+fn a_replica_that_has_lost_a_row_is_told_by_its_hash() {
+    let mut world = greeted(1);
+    assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 1), 5)), VoteKind::Yes);
+    end(&mut world, outcome(7, number(1, 1), Some(4)));
+    let group = world.shards.get_mut(&ShardId(1)).unwrap();
+    group.check_replicas();
+    let (store, _) = &mut group.replicas[1].flushed;
+    let found: Vec<_> = store.iter().map(|(key, _)| key.to_vec()).filter(|key| key[0] == 0x10).collect();
+    assert_eq!(found.len(), 1, "the settled value of a row");
+    store.delete(&found[0]).unwrap();
+    group.restart(1);
+    let hashes = |world: &mut World| {
+        let group = world.shards.get_mut(&ShardId(1)).unwrap();
+        group.catch_up(1);
+        [0, 1].map(|place| position(&group.replicas[place].store).unwrap().hash)
+    };
+    let [one, other] = hashes(&mut world);
+    assert_eq!(one, other, "nothing was done with it");
+    assert_eq!(only_vote(&mut world, 1, prepare(8, number(1, 2), 5)), VoteKind::Yes);
+    let [one, other] = hashes(&mut world);
+    assert_eq!(one, other, "the vote is the same");
+    end(&mut world, outcome(8, number(1, 2), Some(6)));
+    let [one, other] = hashes(&mut world);
+    assert_ne!(one, other, "one holds 10, the other 5");
 }
 
 #[test]

@@ -670,6 +670,25 @@ mod tests {
         assert_eq!(GroupStore::new(disk, GroupId(3), 0, limits).get(b"k").unwrap(), None);
     }
 
+    #[test]
+    fn what_a_machine_keeps_takes_up_room_and_is_newer_than_what_was_put() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = Disk::open(Arc::new(OnDisk), directory.path(), 1 << 20).unwrap();
+        let limits = StoreLimits { cache_bytes: 2_000, behind_bytes: 20_000, behind_entries: 300 };
+        let mut store = GroupStore::new(disk, GroupId(3), 0, limits);
+        let mut machine = Kept::default();
+        store.put(b"m", b"put").unwrap();
+        let mut notes = 0;
+        while !store.applied(1, 0) {
+            machine.apply(&mut store, 1, &[b'm'; 200]).unwrap();
+            notes += 1;
+        }
+        assert!((50..100).contains(&notes), "{notes} notes of 200 bytes");
+        store.flush(&mut machine, &AppliedState::default()).unwrap();
+        assert_eq!(store.get(b"m").unwrap().as_deref(), Some(&b"kept"[..]));
+        assert!(!store.applied(1, 0), "all that was behind is written");
+    }
+
     /// Against a plain map: whatever is asked, and whenever it is written, dropped from memory or opened again.
     #[test]
     fn what_is_behind_shows_like_what_is_written() {

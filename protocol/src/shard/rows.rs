@@ -453,6 +453,8 @@ mod tests {
 
         fn flush(&mut self, keep_bytes: usize) {
             self.rows.store_all(&mut self.store).unwrap();
+            let mut rows = self.rows.slots.iter().flatten();
+            assert!(rows.all(|row| row.unstored.is_empty()), "a flush stores all");
             self.rows.trim(keep_bytes);
         }
 
@@ -528,7 +530,7 @@ mod tests {
     #[test]
     fn rows_that_are_held_or_not_stored_stay_in_memory() {
         let mut table = Table::default();
-        let (idle, held, changed) = (row("idle"), row("held"), row("changed"));
+        let (idle, held, changed, waited) = (row("idle"), row("held"), row("changed"), row("waited"));
         let ticket = Ticket { number: crate::ids::Number::default(), coordinator: crate::ids::GroupId(0) };
         let claim = Claim {
             mode: crate::shard::Mode::Shared,
@@ -543,18 +545,40 @@ mod tests {
         let slot = table.rows.seat(&table.store, &held).unwrap();
         table.rows.hold(slot, ticket, claim);
         assert_eq!(table.rows.held(), 1);
+        let line = table.rows.seat(&table.store, &waited).unwrap();
+        table.rows.wait(line, ticket, claim);
         table.add(&changed, 1, 5, 0);
         table.rows.trim(0);
         assert!(table.rows.find(&idle).is_none(), "nobody needs it");
         assert!(table.rows.find(&held).is_some() && table.rows.find(&changed).is_some());
         table.flush(0);
         assert!(table.rows.find(&held).is_some() && table.rows.find(&changed).is_none());
+        assert!(table.rows.find(&waited).is_some(), "a part that waits stands in line there");
         assert_eq!(table.rows.row(slot).key(), &held, "who is held keeps its slot");
         assert!(table.rows.leave(slot, ticket).is_free());
+        assert!(table.rows.leave(line, ticket).is_free());
         assert_eq!(table.rows.held(), 0);
         table.rows.trim(0);
         assert_eq!(table.rows.bytes, 0);
         assert_eq!(table.at(&changed, 1).value, RowValue::Balance(5));
+    }
+
+    #[test]
+    fn a_shard_lets_go_of_what_it_may_not_keep() {
+        use crate::{batch::Placement, ids::ShardId, machine::Machine as _, shard};
+        let config = shard::ShardConfig {
+            shard: ShardId(1),
+            placement: Placement { shards: 1 },
+            sweep_interval: shard::SWEEP_INTERVAL,
+        };
+        let mut store = MemoryStore::default();
+        let mut shard = shard::Shard::open(&config, &store).unwrap();
+        shard.rows.seat(&store, &row("a")).unwrap();
+        shard.flush(&mut store).unwrap();
+        shard.trim(usize::MAX);
+        assert!(shard.rows.find(&row("a")).is_some(), "it is read once");
+        shard.trim(0);
+        assert!(shard.rows.find(&row("a")).is_none(), "memory is bounded");
     }
 
     #[test]
