@@ -7,12 +7,13 @@ use verdict_protocol::{
     coordinator::{Act, CoordinatorEntry, CoordinatorReply, Keep, Window},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, NodeId, Number, ShardId, Stamp},
     leader::{Event, Reply},
-    machine::{encode, position},
+    machine::{self, Machine, encode, position},
     messages::{
         Abort, AbortReason, Decision, Done, FromShard, PartOutcome, Prepare, RowValue, ToShard, VoteKind,
     },
     roster::{self, NodeChange, NodeRefusal, NodeWish},
-    store::Store,
+    shard::{Shard, ShardConfig, ShardEntry},
+    store::{MemoryStore, Store},
 };
 use world::{Packet, START, World};
 
@@ -747,6 +748,57 @@ fn a_shard_commits_in_the_order_of_stamps_after_a_restart_too() {
     end(&mut world, outcome(8, number(1, 2), Some(20)));
     assert_eq!(only_vote(&mut world, 1, alone(10, number(1, 4), 5, 15)), VoteKind::Yes);
     assert_eq!(only_vote(&mut world, 1, alone(11, number(1, 5), 5, 21)), committed(21));
+}
+
+/// Promise G10: when replicas are flushed makes no difference to what they answer, drop and hash.
+#[test]
+fn a_replica_that_is_never_flushed_does_what_the_others_do() {
+    let placement = Placement { shards: 1 };
+    let config = ShardConfig { shard: ShardId(1), placement, sweep_interval: 4 };
+    let mut replicas = [1, 3, u64::MAX].map(|flushed_after| {
+        let store = MemoryStore::default();
+        (flushed_after, Shard::open(&config, &store).unwrap(), store)
+    });
+    for index in 1..=60 {
+        // What the shard committed is recorded with the next entry. Now and then one is committed late, at a stamp below the newest.
+        let before = 10 * (index - 1);
+        let mut outcomes = vec![outcome(7, number(1, index - 1), Some(before))];
+        let mut prepares = vec![alone(7, number(1, index), 1, 10 * index)];
+        match index % 5 {
+            0 => prepares.push(prepare(8, number(1, 1000 + index), 1)),
+            1 => outcomes.push(outcome(8, number(1, 999 + index), Some(before.saturating_sub(5)))),
+            _ => {}
+        }
+        if index == 1 {
+            outcomes.clear();
+        }
+        let message = ToShard {
+            placement,
+            epoch: Epoch(1),
+            greet: index == 1,
+            history: Stamp(before.saturating_sub(20)),
+            outcomes,
+            prepares,
+            ..ToShard::default()
+        };
+        let entry = encode(&ShardEntry { now: START, parts_max: 9, messages: vec![message] });
+        let answers = replicas.each_mut().map(|(flushed_after, shard, store)| {
+            let reply = machine::apply(shard, store, index, &entry).unwrap();
+            if index.is_multiple_of(*flushed_after) {
+                shard.flush(store, 0).unwrap();
+            }
+            assert_eq!(reply.alarms, Vec::<String>::new());
+            (reply, position(store).unwrap())
+        });
+        assert!(answers.iter().all(|answer| *answer == answers[0]), "entry {index}: {answers:?}");
+    }
+    let stores = replicas.map(|(_, mut shard, mut store)| {
+        shard.flush(&mut store, 0).unwrap();
+        store
+    });
+    assert!(stores.iter().all(|store| *store == stores[0]));
+    let versions = stores[0].iter().filter(|(key, _)| key[0] == 0x11).count();
+    assert!(versions < 20, "{versions} of 60 versions are left");
 }
 
 #[test]
