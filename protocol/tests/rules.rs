@@ -785,7 +785,8 @@ fn a_replica_that_is_never_flushed_does_what_the_others_do() {
         let answers = replicas.each_mut().map(|(flushed_after, shard, store)| {
             let reply = machine::apply(shard, store, index, &entry).unwrap();
             if index.is_multiple_of(*flushed_after) {
-                shard.flush(store, 0).unwrap();
+                shard.flush(store).unwrap();
+                shard.trim(0);
             }
             assert_eq!(reply.alarms, Vec::<String>::new());
             (reply, position(store).unwrap())
@@ -793,7 +794,8 @@ fn a_replica_that_is_never_flushed_does_what_the_others_do() {
         assert!(answers.iter().all(|answer| *answer == answers[0]), "entry {index}: {answers:?}");
     }
     let stores = replicas.map(|(_, mut shard, mut store)| {
-        shard.flush(&mut store, 0).unwrap();
+        shard.flush(&mut store).unwrap();
+        shard.trim(0);
         store
     });
     assert!(stores.iter().all(|store| *store == stores[0]));
