@@ -231,6 +231,8 @@ impl<M: Machine> Group<M> {
         let metrics = shared.raft.metrics().borrow_watched().clone();
         let silent_after = Duration::from_millis(shared.node.config.timing.silent_after_ms);
         let index = |id: Option<LogId>| id.map_or(0, |id| id.index);
+        // By itself: while it is looked at, nobody can tell that more is applied.
+        let applied = *shared.replica.applied().borrow();
         GroupStatus {
             group: shared.id,
             term: metrics.current_term,
@@ -238,7 +240,7 @@ impl<M: Machine> Group<M> {
             leader: metrics.current_leader.map(NodeId),
             last_index: index(shared.log.last()),
             committed_index: index(metrics.local_committed),
-            applied_index: index(*shared.replica.applied().borrow()),
+            applied_index: index(applied),
             position: shared.replica.position(),
             snapshot_index: index(shared.replica.snapshots.current().and_then(|(meta, _)| meta.last_log_id)),
             purged_index: index(shared.log.purged()),

@@ -148,33 +148,39 @@ impl<M: Machine> Replica<M> {
     }
 
     fn apply_together(&self, entries: Vec<(Entry, Option<ApplyResponder<Types>>)>) -> io::Result<()> {
-        let mut core = self.lock();
-        self.fatal.check()?;
         let (count, mut bytes) = (entries.len(), 0);
         let mut replies = Vec::with_capacity(count);
-        for (entry, responder) in entries {
-            if let EntryPayload::Normal(command) = &entry.payload {
-                bytes += command.0.len();
+        let (applied, flush) = {
+            let mut core = self.lock();
+            self.fatal.check()?;
+            for (entry, responder) in entries {
+                if let EntryPayload::Normal(command) = &entry.payload {
+                    bytes += command.0.len();
+                }
+                let reply = core.apply_one(entry, responder.is_some());
+                if reply.is_err() {
+                    // The state is that of half an entry: nothing may write it, whoever comes before the node has stopped.
+                    core.store.close();
+                }
+                let reply = reply?;
+                if let Some(responder) = responder {
+                    replies.push((responder, reply));
+                }
             }
-            let reply = core.apply_one(entry, responder.is_some());
-            if reply.is_err() {
-                // The state is that of half an entry: nothing may write it, whoever comes before the node has stopped.
-                core.store.close();
-            }
-            let reply = reply?;
-            if let Some(responder) = responder {
-                replies.push((responder, reply));
-            }
-        }
-        failpoint!(APPLIED, self.group.0);
-        // No answer depends on what is written of the state: the log has the entries.
-        self.applied.send_replace(core.state.applied);
+            failpoint!(APPLIED, self.group.0);
+            let keep_bytes = core.store.cache_bytes();
+            core.machine.trim(keep_bytes);
+            (core.state.applied, core.store.applied(count, bytes))
+        };
+        // Without the lock: whoever looks at what is applied may want it next. No answer depends on what is written of the state, for
+        // the log has the entries.
+        self.applied.send_replace(applied);
         for (responder, reply) in replies {
             responder.send(reply);
         }
-        let keep_bytes = core.store.cache_bytes();
-        core.machine.trim(keep_bytes);
-        if core.store.applied(count, bytes) {
+        if flush {
+            let mut core = self.lock();
+            self.fatal.check()?;
             failpoint!(STATE_BEFORE_FLUSH, self.group.0);
             self.write_state(&mut core)?;
             failpoint!(STATE_FLUSHED, self.group.0);

@@ -545,6 +545,30 @@ async fn a_log_that_ends_before_what_was_applied_leaves_no_hole_behind_the_snaps
     cluster.stop_all().await;
 }
 
+/// Who looks at a group and who applies to it take the same locks: in the same order, or both would wait for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_can_be_looked_at_all_the_time_while_entries_are_applied() {
+    let cluster = Cluster::start_three(Limits::default()).await;
+    let groups: Vec<_> = (1..=3).map(|node| cluster.group(node).clone()).collect();
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    // On a thread of its own: what hangs here must not hang the test.
+    let looks = std::thread::spawn(move || {
+        let mut looks = 0_u64;
+        while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+            looks += groups.iter().filter(|group| group.status().applied_index > 0).count() as u64;
+        }
+        looks
+    });
+    for call in 0..500 {
+        let command = format!("a={call}");
+        let proposed = tokio::time::timeout(PATIENCE, cluster.propose(&command));
+        proposed.await.expect("nobody waits for ever");
+    }
+    stop.send(()).unwrap();
+    assert!(looks.join().unwrap() > 500);
+    cluster.stop_all().await;
+}
+
 /// The newest write-ahead log with something in it.
 fn write_ahead_log(path: &Path) -> PathBuf {
     let files = std::fs::read_dir(path.join("db")).unwrap().map(|entry| entry.unwrap().path());

@@ -79,6 +79,10 @@ impl<M: Machine + Watched> Host<M> {
     /// Starts again from what is on the disk: the state as it was flushed. After a loss of power it may be an older one.
     pub fn restart(&mut self, power: bool, cx: &mut Context) {
         let lost = power && cx.random.chance(5_000);
+        if power && !lost && cx.random.chance(5_000) {
+            // The database happens to have written all that is applied, though the log may not have.
+            self.flush_all();
+        }
         let flushed = if lost { &self.flushed_before } else { &self.flushed };
         let found = match &self.durable.snapshot {
             Some(snapshot) if snapshot.index > flushed.index => snapshot.clone(),
