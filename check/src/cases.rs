@@ -348,6 +348,7 @@ fn full() -> Vec<Case> {
             before: "add a@1 10; add b@2 1",
             batches: &[('A', "add a@1 -7"), ('A', "add b@2 5")],
             bounds: Bounds { elections: 2, ..NONE },
+            deposed: true,
             alone: true,
             heal_every: 16,
             ..full

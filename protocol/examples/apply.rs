@@ -1,6 +1,8 @@
 //! What it costs to apply a part of a trade to a shard: its prepare and its outcome, three rows in the mean, on one core and without a
 //! disk. `cargo run --release -p verdict-protocol --example apply -- [PARTS_PER_ENTRY]`
 
+#![expect(clippy::disallowed_types, reason = "it measures time, the protocol reads none")]
+
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;

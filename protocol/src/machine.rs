@@ -232,19 +232,22 @@ mod tests {
     #[test]
     fn the_hash_tells_changes_apart_and_not_flushes() {
         let nothing = hash(|_| Ok(()));
-        let note: [Change; 4] = [
-            |store| Ok(store.note(&[b"ab"])),
-            |store| Ok(store.note(&[b"ac"])),
-            |store| Ok(store.note(&[b"a", b"b"])),
-            |store| Ok(store.note(&[b"", b"ab"])),
-        ];
+        let noted = |change: &[&[u8]]| {
+            let mut store = MemoryStore::default();
+            let mut hashed =
+                HashedStore { inner: &mut store, hasher: blake3::Hasher::new(), waiting: Vec::new() };
+            hashed.chain(&[&[0; 32], &1_u64.to_be_bytes(), &length(b"command"), b"command"]);
+            hashed.note(change);
+            hashed.hash()
+        };
+        let notes = [noted(&[b"ab"]), noted(&[b"ac"]), noted(&[b"a", b"b"]), noted(&[b"", b"ab"])];
         let made: [Change; 4] = [
             |store| store.put(b"a", b"d"),
             |store| store.put(b"a", b"c"),
             |store| store.put_new(b"b", b"d"),
             |store| store.delete(b"a"),
         ];
-        let mut hashes: Vec<_> = note.into_iter().chain(made).map(hash).chain([nothing]).collect();
+        let mut hashes: Vec<_> = made.into_iter().map(hash).chain(notes).chain([nothing]).collect();
         hashes.sort_unstable();
         assert!(hashes.windows(2).all(|pair| pair[0] != pair[1]), "two changes have the same hash");
         assert_eq!(hash(|store| store.bring(b"a", Some(b"b"))), nothing, "it was noted before");
