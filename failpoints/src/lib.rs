@@ -161,9 +161,9 @@ failpoints! {
         "entries or a heartbeat have come to a follower"
     APPLIED "applied" Load ALL false
         "entries are applied in memory alone, and nobody was told"
-    STATE_BEFORE_FLUSH "state-before-flush" Load ALL false
+    STATE_BEFORE_FLUSH "state-before-flush" Snapshot ALL false
         "changes of many entries have gathered, and are about to be written"
-    STATE_FLUSHED "state-flushed" Load ALL false
+    STATE_FLUSHED "state-flushed" Snapshot ALL false
         "they are written"
     LOG_BEFORE_WRITE "log-before-write" Load ALL true
         "the log writer holds a batch of entries"

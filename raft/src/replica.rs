@@ -134,7 +134,9 @@ impl<M: Machine> Replica<M> {
 
     /// Writes what is applied. An error stops the node, and nothing comes in between.
     fn write_state(&self, core: &mut Core<M>) -> io::Result<()> {
+        failpoint!(STATE_BEFORE_FLUSH, self.group.0);
         let written = core.flush();
+        failpoint!(STATE_FLUSHED, self.group.0);
         if let Err(error) = &written {
             self.fatal.raise(&format!("write the state of group {}: {error}", self.group));
         }
@@ -181,9 +183,7 @@ impl<M: Machine> Replica<M> {
         if flush {
             let mut core = self.lock();
             self.fatal.check()?;
-            failpoint!(STATE_BEFORE_FLUSH, self.group.0);
             self.write_state(&mut core)?;
-            failpoint!(STATE_FLUSHED, self.group.0);
         }
         Ok(())
     }
