@@ -73,9 +73,12 @@ impl Row {
     }
 
     /// Inserts a delta among the versions that are not stored. False: it comes before all of them.
-    fn insert(&mut self, id: BatchId, stamp: Stamp, delta: i128) -> Result<bool, StoreError> {
+    ///
+    /// Like [`versions::insert`] it makes no version that no read needs: where the next piece of a sweep ends depends on their number.
+    fn insert(&mut self, id: BatchId, stamp: Stamp, delta: i128, history: Stamp) -> Result<bool, StoreError> {
         let place = self.unstored.partition_point(|version| version.stamp < stamp);
         let Some(before) = place.checked_sub(1) else { return Ok(false) };
+        let needed = self.unstored.get(place).is_none_or(|later| later.stamp > history);
         let result = plus(&Version::decode(&self.unstored[before].bytes)?.result, delta);
         for later in &mut self.unstored[place..] {
             assert!(later.stamp != stamp, "two batches have stamp {stamp} on row {:?}", self.key);
@@ -83,9 +86,11 @@ impl Row {
             version.result = plus(&version.result, delta);
             later.bytes = SmallVec::from_vec(encode_into(Vec::new(), &version));
         }
-        let version = Version { id, delta: Some(delta), result };
-        let bytes = SmallVec::from_vec(encode_into(Vec::new(), &version));
-        self.unstored.insert(place, Unstored { stamp, bytes });
+        if needed {
+            let version = Version { id, delta: Some(delta), result };
+            let bytes = SmallVec::from_vec(encode_into(Vec::new(), &version));
+            self.unstored.insert(place, Unstored { stamp, bytes });
+        }
         Ok(true)
     }
 
@@ -270,7 +275,7 @@ impl Rows {
         }
         // Out of order: this batch comes before some that are already here.
         store.note(&[row.key.as_bytes(), &stamp.0.to_be_bytes(), &id.0, &delta.to_be_bytes()]);
-        if !self.row_mut(slot).insert(id, stamp, delta)? {
+        if !self.row_mut(slot).insert(id, stamp, delta, history)? {
             self.store(store, slot)?;
             let key = &self.row(slot).key;
             versions::insert(store, key, id, stamp, delta, history)?;
@@ -501,10 +506,13 @@ mod tests {
                 stamps.swap(before, place);
             }
         }
+        let mut history = 0;
         for (count, stamp) in stamps.iter().enumerate() {
             let (key, delta) = (&keys[dice(3) as usize], dice(100) as i128 - 50);
-            plain.add(key, *stamp, delta, 0);
-            flushed.add(key, *stamp, delta, 0);
+            // Nothing is dropped here, but below the mark nothing new is kept that no read needs.
+            history = history.max(dice(count as u64 + 8).saturating_sub(4));
+            plain.add(key, *stamp, delta, history);
+            flushed.add(key, *stamp, delta, history);
             match dice(12) {
                 0 => flushed.flush(0),
                 1 => flushed.flush(usize::MAX),
