@@ -20,8 +20,15 @@ pub const NAME_BYTES_MAX: usize = 256;
 /// The key of a row: its partition and its name inside it. Ordered by partition first.
 ///
 /// Kept as `partition, 0x00, name` in one piece; neither part contains a NUL. Most keys are short, and lie in place.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RowKey(SmallVec<[u8; 40]>);
+
+/// In one go: what could be derived copies byte by byte.
+impl Clone for RowKey {
+    fn clone(&self) -> RowKey {
+        RowKey(SmallVec::from_slice(&self.0))
+    }
+}
 
 impl RowKey {
     /// A key of its two parts, or what is wrong with them: the field (`partition` or `name`) and the problem.
@@ -247,11 +254,11 @@ impl Batch {
     }
 
     /// Splits the operations by shard, in the order of the batch.
-    pub fn split(&self, placement: Placement) -> BTreeMap<ShardId, Part> {
+    pub fn split(self, placement: Placement) -> BTreeMap<ShardId, Part> {
         let mut parts: BTreeMap<ShardId, Part> = BTreeMap::new();
-        for (place, operation) in self.operations.iter().enumerate() {
+        for (place, operation) in self.operations.into_iter().enumerate() {
             let shard = placement.shard_of(operation.row.partition());
-            parts.entry(shard).or_default().push((place as u32, operation.clone()));
+            parts.entry(shard).or_default().push((place as u32, operation));
         }
         parts
     }

@@ -114,13 +114,17 @@ impl BatchId {
 
 impl fmt::Display for BatchId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // In one piece: each answer to a caller has one.
+        let mut text = [b'-'; 36];
+        let mut at = 0;
         for (place, byte) in self.0.iter().enumerate() {
-            if matches!(place, 4 | 6 | 8 | 10) {
-                f.write_str("-")?;
+            at += usize::from(matches!(place, 4 | 6 | 8 | 10));
+            for digit in [byte >> 4, byte & 0x0f] {
+                text[at] = b"0123456789abcdef"[usize::from(digit)];
+                at += 1;
             }
-            write!(f, "{byte:02x}")?;
         }
-        Ok(())
+        f.write_str(std::str::from_utf8(&text).expect("hex digits are ASCII"))
     }
 }
 

@@ -1,7 +1,7 @@
 //! A replica of one group on one node: the model of Raft, the shipped state machine, and what a crash leaves of them.
 //!
-//! The log and the vote are synced before they are spoken of. The machine's state is not: after a loss of power it is found as it was
-//! when it last reached the disk by itself, or as the newest snapshot has it, and the log is applied again from there.
+//! The log and the vote are synced before they are spoken of. The machine's state is not: after a crash it is found as it was after any of
+//! the flushes since the newest snapshot, or as the snapshot has it, and the log is applied again from there.
 
 use std::{collections::BTreeMap, rc::Rc};
 
@@ -44,9 +44,10 @@ pub struct Host<M: Machine> {
     pub outcomes: Vec<Outcome<M::Reply>>,
     seat: Seat,
     config: M::Config,
-    /// What the database holds, and what it held before the last flush: that is what a loss of power leaves.
+    /// What the database holds.
     flushed: Rc<Snapshot>,
-    flushed_before: Rc<Snapshot>,
+    /// What it held after earlier flushes, of those that a crash may leave: it has no log, so what is not in a table yet is gone.
+    flushed_before: Vec<Rc<Snapshot>>,
     /// Own proposals: index and term.
     proposals: BTreeMap<u64, u64>,
     timer_at: Time,
@@ -69,21 +70,24 @@ impl<M: Machine + Watched> Host<M> {
             outcomes: Vec::new(),
             seat,
             config,
-            flushed_before: flushed.clone(),
+            flushed_before: Vec::new(),
             flushed,
             proposals: BTreeMap::new(),
             timer_at: 0,
         }
     }
 
-    /// Starts again from what is on the disk: the state as it was flushed. After a loss of power it may be an older one.
+    /// Starts again from what is on the disk: the state as some flush left it.
     pub fn restart(&mut self, power: bool, cx: &mut Context) {
-        let lost = power && cx.random.chance(5_000);
+        let lost = cx.random.chance(5_000);
         if power && !lost && cx.random.chance(5_000) {
             // The database happens to have written all that is applied, though the log may not have.
             self.flush_all();
         }
-        let flushed = if lost { &self.flushed_before } else { &self.flushed };
+        let flushed = match &self.flushed_before[..] {
+            before @ [_, ..] if lost => cx.random.pick(before),
+            _ => &self.flushed,
+        };
         let found = match &self.durable.snapshot {
             Some(snapshot) if snapshot.index > flushed.index => snapshot.clone(),
             _ => flushed.clone(),
@@ -97,7 +101,7 @@ impl<M: Machine + Watched> Host<M> {
         self.durable.begin_behind((found.index, found.term));
         self.store = found.state.clone();
         self.machine = M::open(&self.config, &self.store).expect("memory doesn't fail");
-        (self.flushed, self.flushed_before) = (found.clone(), found.clone());
+        (self.flushed, self.flushed_before) = (found.clone(), Vec::new());
         self.raft = Raft::start(self.seat.clone(), &self.durable, found.index, cx.now, &mut cx.random);
         self.proposals.clear();
         self.outcomes.clear();
@@ -235,7 +239,7 @@ impl<M: Machine + Watched> Host<M> {
         self.store = snapshot.state.clone();
         self.machine = M::open(&self.config, &self.store).expect("memory doesn't fail");
         self.flushed = Rc::new(snapshot.clone());
-        self.flushed_before = self.flushed.clone();
+        self.flushed_before.clear();
         let gone = self.proposals.len();
         self.proposals.clear();
         self.outcomes.extend((0..gone).map(|_| Outcome::Unknown));
@@ -262,6 +266,8 @@ impl<M: Machine + Watched> Host<M> {
             }
             let reply = machine::apply(&mut self.machine, &mut self.store, index, &entry.command)
                 .expect("memory doesn't fail");
+            // Of what nobody needs in memory, each keeps all, a little or nothing.
+            self.machine.trim([0, 2_000, usize::MAX][((index + self.seat.id.0) % 3) as usize]);
             let position = machine::position(&self.store).expect("memory doesn't fail");
             cx.trace.mix(index);
             cx.trace.mix(u64::from_le_bytes(position.hash[..8].try_into().expect("eight bytes")));
@@ -284,12 +290,13 @@ impl<M: Machine + Watched> Host<M> {
         self.flush(index, self.raft.log.term_at(index).unwrap_or(0));
     }
 
-    /// The same, up to the entry that was applied last. Of what the machine has in memory besides, it keeps all, a little or nothing.
+    /// The same, up to the entry that was applied last.
     fn flush(&mut self, index: u64, term: u64) {
         self.machine.flush(&mut self.store).expect("memory doesn't fail");
-        self.machine.trim([0, 2_000, usize::MAX][(index % 3) as usize]);
         let now = Rc::new(Snapshot { index, term, state: self.store.clone() });
-        self.flushed_before = std::mem::replace(&mut self.flushed, now);
+        let durable = self.durable.snapshot.as_ref().map_or(0, |snapshot| snapshot.index);
+        self.flushed_before.retain(|before| before.index >= durable);
+        self.flushed_before.push(std::mem::replace(&mut self.flushed, now));
     }
 
     /// The node of the replica.

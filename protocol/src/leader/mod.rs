@@ -673,11 +673,12 @@ impl Leader {
         if id.time().0 > self.now.0 + self.config.future_max_ms {
             return refuse(effects, Refusal::FromTheFuture { now: self.now });
         }
+        let asked = batch.timeout_ms;
         let parts = batch.split(self.config.placement);
         if !self.has_room(id, parts.keys()) {
             return refuse(effects, Refusal::Overloaded);
         }
-        let wanted = match batch.timeout_ms {
+        let wanted = match asked {
             0 => self.config.timeout_default_ms,
             wanted => u64::from(wanted).min(self.config.timeout_max_ms),
         };

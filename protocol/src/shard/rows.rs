@@ -4,7 +4,7 @@
 //! kept here, and brought to the store with the next flush: the settled value once, however often it has changed, and every version.
 //!
 //! Invariants:
-//! - A row that is held, waited for or not stored keeps its slot. Others may go at any flush, and are read again.
+//! - A row that is held, waited for or listed to be stored keeps its slot. Others may go at any flush, and are read again.
 //! - Versions that are not stored are later than all that are: one that comes before all of them is inserted among the stored ones,
 //!   once the others are there too ([`Rows::store`]).
 //! - Nothing here depends on when a flush happens, and nothing that is told does.
@@ -52,6 +52,8 @@ pub struct Row {
     lock: RowLock,
     /// In the order of stamps.
     unstored: Vec<Unstored>,
+    /// Whether it is among those that the next flush looks at. Its versions may have been stored since, for a late delta.
+    listed: bool,
     /// Whether it was used since the hand came by.
     used: bool,
 }
@@ -111,7 +113,7 @@ impl Row {
         })
     }
 
-    /// Whether it may go.
+    /// Whether nobody needs it, and the store has it as it is.
     fn is_idle(&self) -> bool {
         self.lock.is_free() && self.unstored.is_empty()
     }
@@ -127,7 +129,7 @@ pub struct Rows {
     index: PointMap<RowKey, Slot>,
     slots: Vec<Option<Row>>,
     free: Vec<Slot>,
-    /// Rows with versions that are not stored.
+    /// Rows with versions that are not stored, each once.
     changed: Vec<Slot>,
     /// Where looking for rows that may go goes on.
     hand: usize,
@@ -146,8 +148,14 @@ impl Rows {
             return Ok(slot);
         }
         let settled = versions::settled(store, key)?;
-        let row =
-            Row { key: key.clone(), settled, lock: RowLock::default(), unstored: Vec::new(), used: true };
+        let row = Row {
+            key: key.clone(),
+            settled,
+            lock: RowLock::default(),
+            unstored: Vec::new(),
+            listed: false,
+            used: true,
+        };
         self.bytes += row.bytes();
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
@@ -300,7 +308,7 @@ impl Rows {
         self.scratch = encode_into(std::mem::take(&mut self.scratch), &version);
         let row = self.slots[slot.0 as usize].as_mut().expect("a row that is used keeps its slot");
         store.note(&[row.key.as_bytes(), &stamp.0.to_be_bytes(), &self.scratch]);
-        if row.unstored.is_empty() {
+        if !std::mem::replace(&mut row.listed, true) {
             self.changed.push(slot);
         }
         row.unstored.push(Unstored { stamp, bytes: SmallVec::from_slice(&self.scratch) });
@@ -317,7 +325,11 @@ impl Rows {
         let mut scratch = std::mem::take(&mut self.scratch);
         changed.iter().try_for_each(|slot| self.row(*slot).store_settled(store, &mut scratch))?;
         self.scratch = scratch;
-        changed.into_iter().try_for_each(|slot| self.row_mut(slot).store_versions(store))
+        changed.into_iter().try_for_each(|slot| {
+            let row = self.row_mut(slot);
+            row.listed = false;
+            row.store_versions(store)
+        })
     }
 
     /// Brings what is not stored of a row to the store.
@@ -335,7 +347,7 @@ impl Rows {
             self.hand = (self.hand + 1) % self.slots.len();
             let place = &mut self.slots[self.hand];
             let Some(row) = place else { continue };
-            if std::mem::take(&mut row.used) || !row.is_idle() {
+            if std::mem::take(&mut row.used) || row.listed || !row.is_idle() {
                 continue;
             }
             self.bytes -= row.bytes();
@@ -516,6 +528,7 @@ mod tests {
             match dice(12) {
                 0 => flushed.flush(0),
                 1 => flushed.flush(usize::MAX),
+                2..5 => flushed.rows.trim(0),
                 _ => {}
             }
             let (position, from) = (dice(count as u64 + 3), dice(count as u64 + 3));
@@ -569,6 +582,24 @@ mod tests {
         table.rows.trim(0);
         assert_eq!(table.rows.bytes, 0);
         assert_eq!(table.at(&changed, 1).value, RowValue::Balance(5));
+    }
+
+    #[test]
+    fn a_row_that_was_stored_for_a_late_delta_stays_until_the_next_flush() {
+        let mut table = Table::default();
+        let row = row("late");
+        table.add(&row, 5, 1, 0);
+        table.flush(usize::MAX);
+        table.add(&row, 9, 10, 0);
+        table.add(&row, 7, 100, 0);
+        // The first look only takes note that it was used.
+        table.rows.trim(0);
+        table.rows.trim(0);
+        table.add(&row, 11, 1000, 0);
+        assert_eq!(table.rows.changed.len(), 1, "the flush comes by once");
+        table.flush(0);
+        assert_eq!(table.at(&row, 8).value, RowValue::Balance(101));
+        assert_eq!(table.at(&row, 11).value, RowValue::Balance(1111));
     }
 
     #[test]

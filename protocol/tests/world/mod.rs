@@ -31,11 +31,9 @@ pub struct Replica<M> {
 }
 
 impl<M: Machine> Replica<M> {
-    /// Brings to the store what the machine keeps in memory. Of the rest it keeps all, or nothing.
+    /// Brings to the store what the machine keeps in memory.
     fn flush(&mut self) {
-        let keep_bytes = if self.applied.is_multiple_of(2) { 0 } else { usize::MAX };
         self.machine.flush(&mut self.store).expect("memory doesn't fail");
-        self.machine.trim(keep_bytes);
         self.flushed = (self.store.clone(), self.applied);
     }
 }
@@ -79,6 +77,8 @@ impl<M: Machine> Group<M> {
             if replica.applied.is_multiple_of(1 + 2 * place as u64) {
                 replica.flush();
             }
+            // Of what nobody needs it keeps all, or nothing, flushed or not.
+            replica.machine.trim(if replica.applied.is_multiple_of(3) { usize::MAX } else { 0 });
         }
         last
     }
