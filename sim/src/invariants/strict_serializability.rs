@@ -19,7 +19,7 @@ use super::{Finding, Invariant, Rest};
 use crate::{
     messages::{Answer, Question},
     raft::Time,
-    witness::{Facts, Seen},
+    witness::{Facts, Recorded, Seen},
 };
 
 /// One order for everything.
@@ -99,13 +99,13 @@ fn check_order(rest: &Rest<'_>, facts: &Facts) -> Finding {
     let mut reads = reads.into_iter().peekable();
     let mut model = Model::new();
     let mut last = Stamp(0);
-    let mut place = None;
+    let mut after = None;
     for recorded in &committed {
         let Ok(stamp) = recorded.decision.result else { continue };
         if stamp <= last {
             return Err(format!("stamp {stamp} was given twice"));
         }
-        look(&model, place, stamp, &mut rejections);
+        look(&model, after, stamp, &mut rejections);
         while let Some(read) = reads.next_if(|read| read.0 < stamp) {
             check_read(&model, &read)?;
         }
@@ -114,9 +114,9 @@ fn check_order(rest: &Rest<'_>, facts: &Facts) -> Finding {
         };
         run(&mut model, batch, stamp)
             .map_err(|why| format!("{} is committed at {stamp}, but there fails {why}", batch.id))?;
-        (last, place) = (stamp, Some(recorded.place));
+        (last, after) = (stamp, Some(*recorded));
     }
-    look(&model, place, Stamp(u64::MAX), &mut rejections);
+    look(&model, after, Stamp(u64::MAX), &mut rejections);
     for read in reads {
         check_read(&model, &read)?;
     }
@@ -133,11 +133,21 @@ fn check_order(rest: &Rest<'_>, facts: &Facts) -> Finding {
     Ok(())
 }
 
-/// Looks at rejections in the state after the decision at `place`, which stands until the stamp `next`: it counts for those that were
-/// decided later, and came before `next` was answered.
-fn look(model: &Model, place: Option<usize>, next: Stamp, rejections: &mut [Rejection<'_>]) {
+/// Looks at rejections in the state after a decision, which stands until the stamp `next`: it counts for those that were decided later, and
+/// came before `next` was answered.
+///
+/// A read may have told a position at which a shard only commits later, by itself: it knew that nothing of it concerned that read. Such a
+/// batch comes before all that began behind the read, even what is rejected before the shard has committed it.
+fn look(model: &Model, after: Option<&Recorded>, next: Stamp, rejections: &mut [Rejection<'_>]) {
+    let counts = |one: &Rejection<'_>| {
+        after.is_none_or(|after| {
+            let decision = &after.decision;
+            let told = decision.result.as_ref().is_ok_and(|stamp| *stamp <= one.from);
+            after.place < one.before || (decision.shards.len() == 1 && told)
+        })
+    };
     for one in rejections.iter_mut() {
-        if !one.is_true && next > one.from && place.is_none_or(|place| place < one.before) {
+        if !one.is_true && next > one.from && counts(one) {
             one.is_true = run(&mut model.clone(), one.batch, Stamp(u64::MAX)).is_err();
         }
     }
