@@ -25,6 +25,7 @@ use openraft::{
     errors::{
         ChangeMembershipError, ClientWriteError, Fatal, ForwardReason, LinearizableReadError, RaftError,
     },
+    metrics::RaftServerMetrics,
     raft::{TransferLeaderRequest, WriteResult},
 };
 use serde::de::DeserializeOwned;
@@ -532,50 +533,56 @@ async fn watch_leadership<M: Machine>(
     announce: watch::Sender<Leadership>,
 ) {
     let lease = Duration::from_millis(2 * node.config.timing.election_timeout_max_ms);
-    let mut metrics = raft.metrics();
+    // The metrics change with every step of Raft, those of the server seldom.
+    let (mut metrics, mut server) = (raft.metrics(), raft.server_metrics());
+    let mut ended = false;
     loop {
-        let now = {
+        let (running, heard_at) = {
             let metrics = metrics.borrow_and_update();
-            if let Err(fatal) = &metrics.running_state {
-                if !*node.stop.borrow() {
-                    node.fatal.raise(&format!("Raft group {group}: {fatal}"));
-                }
-                announce.send_replace(Leadership::default());
-                return;
+            (metrics.running_state.clone(), metrics.last_quorum_acked)
+        };
+        let fatal = match running {
+            Err(fatal) => Some(format!("Raft group {group}: {fatal}")),
+            // It ends with the host, or by a panic.
+            Ok(()) => ended.then(|| format!("Raft group {group} has ended")),
+        };
+        if let Some(why) = fatal {
+            if !*node.stop.borrow() {
+                node.fatal.raise(&why);
             }
+            announce.send_replace(Leadership::default());
+            return;
+        }
+        let heard = heard_at.is_some_and(|at| openraft::Instant::elapsed(&*at) < lease);
+        let (now, leads) = {
+            let server = server.borrow_and_update();
             let applied = *applied.borrow_and_update();
-            leadership(&metrics, applied, lease)
+            (leadership(&server, applied, heard), server.state == ServerState::Leader)
         };
         announce.send_if_modified(|before| {
             let changed = *before != now;
             *before = now;
             changed
         });
-        tokio::select! {
-            changed = metrics.changed() => if changed.is_err() {
-                // It ends with the host, or by a panic.
-                if !*node.stop.borrow() {
-                    node.fatal.raise(&format!("Raft group {group} has ended"));
-                }
-                announce.send_replace(Leadership::default());
-                return;
-            },
-            // The applied index matters only while this replica waits to serve.
-            changed = applied.changed(), if !now.is_leader => if changed.is_err() { return },
-            () = sleep(LEADERSHIP_TICK) => {}
-        }
+        let waits_to_serve = leads && !now.is_leader;
+        ended = tokio::select! {
+            changed = server.changed() => changed.is_err(),
+            changed = metrics.changed(), if waits_to_serve => changed.is_err(),
+            changed = applied.changed(), if waits_to_serve => if changed.is_err() { return } else { false },
+            () = sleep(LEADERSHIP_TICK) => false,
+        };
     }
 }
 
 /// A leader can serve once an entry of its own leadership is applied, and as long as a quorum was heard of lately.
-fn leadership(metrics: &RaftMetrics<Types>, applied: Option<LogId>, lease: Duration) -> Leadership {
-    let leads = metrics.state == ServerState::Leader;
-    let caught_up = applied.is_some_and(|id| id.leader_id.term == metrics.vote.leader_id.term);
-    let alone = metrics.membership_config.voter_ids().count() == 1;
-    let heard = metrics.last_quorum_acked.is_some_and(|at| openraft::Instant::elapsed(&*at) < lease);
+fn leadership(server: &RaftServerMetrics<Types>, applied: Option<LogId>, heard: bool) -> Leadership {
+    let leads = server.state == ServerState::Leader;
+    let term = server.vote.leader_id.term;
+    let caught_up = applied.is_some_and(|id| id.leader_id.term == term);
+    let alone = server.membership_config.voter_ids().count() == 1;
     Leadership {
-        leader: metrics.current_leader.map(NodeId),
-        term: metrics.current_term,
+        leader: server.current_leader.map(NodeId),
+        term,
         is_leader: leads && caught_up && (alone || heard),
     }
 }

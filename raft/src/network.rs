@@ -1,7 +1,7 @@
 //! openraft's network, over the streams between nodes.
 //!
-//! Appends are pipelined: while earlier ones wait for their answers, later ones are on their way, in order. Pre-votes are
-//! really asked. Every answer has a deadline of ours.
+//! Appends are pipelined: while earlier ones wait for their answers, later ones are on their way, in order. What says only how far
+//! is committed waits a moment for company. Pre-votes are really asked. Every answer has a deadline of ours.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -37,6 +37,9 @@ use crate::{
 
 /// Appends to one follower that wait for their answers.
 const APPENDS_IN_FLIGHT: usize = 64;
+/// So long may it take until followers hear what is committed, if nothing else is to be said. They apply it as much later, and nobody
+/// waits for that: it is the leader that answers.
+const COMMITTED_WAITS: Duration = Duration::from_millis(10);
 /// A snapshot travels in pieces of this size.
 const SNAPSHOT_CHUNK_BYTES: usize = 512 << 10;
 
@@ -172,7 +175,7 @@ impl RaftNetworkV2<Types> for Line {
     {
         let (line, patience): (&'s Line, Duration) = (self, self.patience());
         // Requests are handed in one after the other, so they keep their order; only the answers are waited for together.
-        let asked = input.then(move |request| async move {
+        let asked = with_company(input).then(move |request| async move {
             let (prev, last) = range(&request);
             let answer = line.peer.request(line.group, kind::APPEND, encode(&request)).await;
             (answer, prev, last)
@@ -236,6 +239,25 @@ impl RaftNetworkV2<Types> for Line {
     ) -> Result<TransferLeaderResponse<Types>, Error> {
         self.call(kind::TRANSFER, &request, option.soft_ttl()).await
     }
+}
+
+/// Holds back requests without entries: they say only how far is committed, and so does whatever comes next. Of three entries that make a
+/// batch, each would be followed by one to each follower.
+fn with_company<S>(input: S) -> BoxStream<'static, AppendEntriesRequest<Types>>
+where
+    S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
+{
+    let requests = futures::stream::unfold(input.fuse(), |mut input| async move {
+        let mut request = input.next().await?;
+        while request.entries.is_empty() {
+            match timeout(COMMITTED_WAITS, input.next()).await {
+                Ok(Some(later)) => request = later,
+                Ok(None) | Err(_) => break,
+            }
+        }
+        Some((request, input))
+    });
+    requests.boxed()
 }
 
 fn range(request: &AppendEntriesRequest<Types>) -> (Option<LogId>, Option<LogId>) {

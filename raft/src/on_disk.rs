@@ -32,12 +32,16 @@ use crate::{
 /// Memtables: small ones would be flushed all the time, large ones make recovery slow. Of the state's, what isn't in a table yet is
 /// what a killed node applies again.
 const LOG_MEMTABLE_BYTES: usize = 64 << 20;
-const META_MEMTABLE_BYTES: usize = 1 << 20;
+const META_MEMTABLE_BYTES: usize = 16 << 20;
 const STATE_MEMTABLE_BYTES: usize = 64 << 20;
 /// How much of the state's memtable is a filter that tells which keys it doesn't have.
 const MEMTABLE_BLOOM_RATIO: f64 = 0.05;
 /// The write-ahead log is cut when it reaches this size in all.
 const WAL_BYTES_MAX: u64 = 512 << 20;
+/// What RocksDB writes goes to the disk each time there is so much: a whole table at once would hold up the syncs of the log.
+const BYTES_PER_SYNC: u64 = 1 << 20;
+/// Tables of the log before they are merged: by then most of what they hold is purged.
+const LOG_TABLES: i32 = 16;
 /// How often RocksDB's own threads have failed.
 const BACKGROUND_ERRORS: &str = "rocksdb.background-errors";
 
@@ -108,7 +112,9 @@ fn open_logged(folder: &Path, cache: &Cache) -> Result<(DB, SyncedFile), HostErr
     let remembered = synced.newest();
     remembered.manifest.check(&path).map_err(host_error)?;
     wal::mend(&path, remembered.sequence, || oldest_log(&path)).map_err(host_error)?;
-    let mut options = database_options();
+    // A sync of space that was set aside, and not written, takes longer than one of a file that grows.
+    let options = database_options().get_options_from_string("allow_fallocate=false");
+    let mut options = options.map_err(|error| open_error(&path, error))?;
     // What was torn is cut off already: anything else is damage.
     options.set_wal_recovery_mode(DBRecoveryMode::AbsoluteConsistency);
     options.set_track_and_verify_wals_in_manifest(true);
@@ -141,6 +147,7 @@ fn database_options() -> Options {
     options.set_max_background_jobs(2);
     options.set_keep_log_file_num(2);
     options.set_max_open_files(512);
+    options.set_bytes_per_sync(BYTES_PER_SYNC);
     options
 }
 
@@ -155,7 +162,14 @@ fn family_options(table: Table, cache: &Cache) -> ColumnFamilyDescriptor {
         Table::Meta => META_MEMTABLE_BYTES,
         Table::State => STATE_MEMTABLE_BYTES,
     });
-    options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+    if table == Table::Log {
+        options.set_compression_type(rocksdb::DBCompressionType::None);
+        options.set_level_zero_file_num_compaction_trigger(LOG_TABLES);
+        options.set_level_zero_slowdown_writes_trigger(3 * LOG_TABLES);
+        options.set_level_zero_stop_writes_trigger(4 * LOG_TABLES);
+    } else {
+        options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+    }
     if table.is_state() {
         // Every new record is looked up once before it is there.
         options.set_memtable_prefix_bloom_ratio(MEMTABLE_BLOOM_RATIO);

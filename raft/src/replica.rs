@@ -132,6 +132,13 @@ impl<M: Machine> Replica<M> {
         self.disk()
     }
 
+    /// Writes what is applied, unless the host has just let go of the database: that has written it.
+    fn write_if_open(&self) -> io::Result<()> {
+        let mut core = self.lock();
+        self.fatal.check()?;
+        if core.disk.is_none() { Ok(()) } else { self.write_state(&mut core) }
+    }
+
     /// Writes what is applied. An error stops the node, and nothing comes in between.
     fn write_state(&self, core: &mut Core<M>) -> io::Result<()> {
         failpoint!(STATE_BEFORE_FLUSH, self.group.0);
@@ -149,7 +156,8 @@ impl<M: Machine> Replica<M> {
         Ok((disk, core.generation))
     }
 
-    fn apply_together(&self, entries: Vec<(Entry, Option<ApplyResponder<Types>>)>) -> io::Result<()> {
+    /// Gives whether it is time to write the state.
+    fn apply_together(&self, entries: Vec<(Entry, Option<ApplyResponder<Types>>)>) -> io::Result<bool> {
         let (count, mut bytes) = (entries.len(), 0);
         let mut replies = Vec::with_capacity(count);
         let (applied, flush) = {
@@ -180,17 +188,26 @@ impl<M: Machine> Replica<M> {
         for (responder, reply) in replies {
             responder.send(reply);
         }
-        if flush {
-            let mut core = self.lock();
-            self.fatal.check()?;
-            self.write_state(&mut core)?;
+        Ok(flush)
+    }
+
+    /// Applies, and writes the state if it is time. Stops the node if that fails.
+    async fn apply_or_stop(
+        self: &Arc<Self>,
+        entries: Vec<(Entry, Option<ApplyResponder<Types>>)>,
+    ) -> io::Result<()> {
+        let outcome = self.stop_if_it_fails(|| self.apply_together(entries));
+        if outcome? {
+            // Those who were answered first, and nobody waits behind it for a thread.
+            let replica = self.clone();
+            let written = apart(&self.storage, move || replica.stop_if_it_fails(|| replica.write_if_open()));
+            written.await.map_err(io::Error::other)??;
         }
         Ok(())
     }
 
-    /// Applies, and stops the node if that fails.
-    fn apply_or_stop(&self, entries: Vec<(Entry, Option<ApplyResponder<Types>>)>) -> io::Result<()> {
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.apply_together(entries)));
+    fn stop_if_it_fails<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let outcome = catch_unwind(AssertUnwindSafe(work));
         let outcome = outcome.unwrap_or_else(|_| Err(io::Error::other("the machine panicked")));
         if let Err(error) = &outcome {
             self.fatal.raise(&format!("apply entries of group {}: {error}", self.group));
@@ -315,11 +332,11 @@ impl<M: Machine> RaftStateMachine<Types> for StateMachine<M> {
             }
             together.push((entry, responder));
             if together.len() >= APPLY_ENTRIES_MAX || bytes >= APPLY_BYTES_MAX {
-                self.0.apply_or_stop(std::mem::take(&mut together))?;
+                self.0.apply_or_stop(std::mem::take(&mut together)).await?;
                 bytes = 0;
             }
         }
-        if together.is_empty() { Ok(()) } else { self.0.apply_or_stop(together) }
+        if together.is_empty() { Ok(()) } else { self.0.apply_or_stop(together).await }
     }
 
     async fn get_snapshot_builder(&mut self) -> Building {

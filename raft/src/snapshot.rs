@@ -30,6 +30,8 @@ use crate::{
 const MAGIC: &[u8; 8] = b"VERDICT\x01";
 /// Pairs of keys and values are gathered into chunks of this size.
 const CHUNK_BYTES: usize = 256 << 10;
+/// A file that is written is synced each time it has grown by so much: all at once would hold up the syncs of the log.
+const SYNCED_BYTES: u64 = 4 << 20;
 /// A chunk larger than this is damage. A single pair may make a chunk larger than [`CHUNK_BYTES`].
 const CHUNK_BYTES_MAX: u32 = 256 << 20;
 const HEADER_BYTES_MAX: u32 = 1 << 20;
@@ -249,6 +251,8 @@ pub(crate) fn clean_up(storage: &dyn Storage, directory: &Path) -> io::Result<()
 struct FileWriter {
     file: Arc<dyn File>,
     written: u64,
+    /// How much of it is surely on disk.
+    synced: u64,
     /// Bytes that aren't in the file yet.
     waiting: Vec<u8>,
     hasher: blake3::Hasher,
@@ -264,7 +268,7 @@ impl FileWriter {
     ) -> io::Result<FileWriter> {
         let file = storage.open(path, Open::Empty)?;
         let (waiting, hasher, chunk) = (Vec::new(), blake3::Hasher::new(), Vec::new());
-        let mut writer = FileWriter { file, written: 0, waiting, hasher, chunk };
+        let mut writer = FileWriter { file, written: 0, synced: 0, waiting, hasher, chunk };
         let header = Header { group: group.0, meta: meta.clone() };
         let header = postcard::to_stdvec(&header).expect("encoding into memory can't fail");
         writer.write(MAGIC)?;
@@ -309,6 +313,10 @@ impl FileWriter {
         self.file.write_all_at(&self.waiting, self.written)?;
         self.written += self.waiting.len() as u64;
         self.waiting.clear();
+        if self.written - self.synced >= SYNCED_BYTES {
+            self.synced = self.written;
+            self.file.sync()?;
+        }
         Ok(())
     }
 }
