@@ -212,8 +212,12 @@ struct Pause {
     end: Option<f64>,
 }
 
-/// The longest stretch between two commits that touches the time `from..until`, counted from `from` on.
+/// The longest stretch between two commits that touches the time `from..until`, counted from `from` on. After the load there is
+/// none to tell of.
 fn longest_pause(commits: &[f64], from: f64, until: f64, load_end: f64) -> Pause {
+    if from >= load_end {
+        return Pause { seconds: 0.0, end: None };
+    }
     let first_after = commits.partition_point(|at| *at <= from);
     let mut longest = Pause { seconds: 0.0, end: Some(from) };
     let mut begin = from;
@@ -530,6 +534,13 @@ fn not_blocked(record: &Record) -> Promise {
     for (place, event) in record.events.iter().enumerate().filter(|(_, event)| event.kind != EventKind::Wait)
     {
         let Some(majority) = majority_at(record, place) else { continue };
+        if majority >= record.load_seconds {
+            notes.push(format!(
+                "not judged: {:?} at {:.1} s, with a majority from {majority:.1} s on; the load had ended at {:.1} s",
+                event.step, event.at, record.load_seconds
+            ));
+            continue;
+        }
         let report = event_report(record, place);
         let until = next_event(record, place).map_or(f64::INFINITY, |next| next.at);
         let pause = longest_pause(&commits, majority, until, record.load_seconds);
@@ -913,6 +924,31 @@ pub(crate) mod tests {
         assert_eq!(report.events[0].without_majority, [0, 1, 2]);
         assert!(report.events[0].without_commits_seconds > 17.0, "{:?}", report.events[0]);
         assert!(report.events[0].resolved_after_majority_seconds.unwrap() < 3.0, "{:?}", report.events[0]);
+    }
+
+    #[test]
+    fn what_was_done_after_the_load_is_not_judged_and_the_report_says_so() {
+        let mut record = example();
+        let kill = Event { at: 12.0, done: 12.0, ..record.events[0].clone() };
+        let start = Event { at: 25.0, done: 25.0, ..record.events[1].clone() };
+        record.events.extend([kill, start]);
+        assert_eq!(violated(&record), [] as [&str; 0]);
+        let report = evaluate(&record, given());
+        let g8 = &report.promises[7];
+        let unjudged = g8.notes.iter().filter(|note| note.starts_with("not judged: ")).count();
+        assert_eq!((unjudged, g8.checks[0].checked, g8.checks[1].checked), (2, 2, 2), "{g8:?}");
+        for event in &report.events[2..] {
+            assert_eq!((event.commits_again_at, event.resolved_seconds), (None, None), "{event:?}");
+        }
+        // A majority that came back too late is nobody's fault either.
+        let mut record = example();
+        record.events[0].impaired = [1, 2].into();
+        (record.events[0].at, record.events[0].done) = (9.0, 9.0);
+        (record.events[1].at, record.events[1].done) = (30.0, 30.0);
+        assert_eq!(violated(&record), [] as [&str; 0]);
+        assert!(
+            evaluate(&record, given()).promises[7].notes.iter().any(|note| note.starts_with("not judged"))
+        );
     }
 
     #[test]

@@ -72,7 +72,7 @@ const USERS: u64 = 100;
 const FEE_BPS: u32 = 10;
 /// Trades per second that a tape has if the load runs as fast as it can.
 const FASTEST_PER_SECOND: u64 = 4000;
-/// So much longer than asked may the load run: steps may take their time.
+/// So much longer than asked may the load run: steps may take their time, beyond the waits between them.
 const OVERTIME_SECONDS: u64 = 90;
 
 /// `verdict drill`.
@@ -419,9 +419,14 @@ async fn play(
 /// A tape that is long enough, and its book.
 fn book(args: &DrillArgs, scenario: &Scenario, seed: u64) -> anyhow::Result<Book> {
     let rate = if args.rate == 0 { FASTEST_PER_SECOND } else { u64::from(args.rate) };
-    let trades = rate * (scenario.seconds.as_secs() + OVERTIME_SECONDS);
+    let trades = rate * tape_seconds(scenario);
     let tape = Tape::generate(seed, usize::try_from(trades).context("count the trades")?);
     Book::new(tape, USERS, FEE_BPS).map_err(anyhow::Error::msg)
+}
+
+/// How long the load can run: waits that come after `seconds` hold it up.
+fn tape_seconds(scenario: &Scenario) -> u64 {
+    (scenario.seconds + scenario.waits()).as_secs() + OVERTIME_SECONDS
 }
 
 /// The voters of all groups.
@@ -470,5 +475,12 @@ mod tests {
         assert_eq!(at(951_782_399), "2000-02-28 23:59:59 UTC");
         assert_eq!(at(951_782_400), "2000-02-29 00:00:00 UTC");
         assert_eq!(at(1_795_264_205), "2026-11-21 12:30:05 UTC");
+    }
+
+    #[test]
+    fn the_tape_is_long_enough_for_all_waits_between_steps() {
+        let text = "seconds 20\nat 5s kill node 1\nafter 200s start it\nafter 1500ms kill it";
+        let scenario = Scenario::parse("x", text).unwrap();
+        assert_eq!(tape_seconds(&scenario), 20 + 201 + OVERTIME_SECONDS);
     }
 }

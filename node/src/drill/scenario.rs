@@ -206,6 +206,7 @@ impl Scenario {
             }
         }
         scenario.check().map_err(|(line, problem)| error(line, problem))?;
+        scenario.check_times()?;
         Ok(scenario)
     }
 
@@ -282,11 +283,6 @@ impl Scenario {
                     let text = format!("{at:?} comes before the step above: steps stand in order of time");
                     return Err((step.line, text));
                 }
-                if at >= self.seconds {
-                    let text =
-                        format!("{at:?} is after the end of the load: `seconds` is {:?}", self.seconds);
-                    return Err((step.line, text));
-                }
                 before = at;
             }
             if step.action.target() == Some(&Target::It) && !had_target {
@@ -349,13 +345,35 @@ impl Scenario {
         Ok(())
     }
 
-    /// Whether all steps come before the end of the load, when that was set anew.
+    /// Whether all steps that have a time come before the end of the load, and the others don't hold it up for too long.
     pub fn check_times(&self) -> Result<(), ScenarioError> {
-        let late = self.steps.iter().find(|step| matches!(step.when, When::At(at) if at >= self.seconds));
-        late.map_or(Ok(()), |step| {
-            let problem = format!("{:?} is after the end of the load, after {:?}", step.text, self.seconds);
-            Err(self.error(step, problem))
-        })
+        let mut waits = Duration::ZERO;
+        for step in &self.steps {
+            match step.when {
+                When::At(at) if at >= self.seconds => {
+                    let text =
+                        format!("{at:?} is after the end of the load, which runs for {:?}", self.seconds);
+                    return Err(self.error(step, text));
+                }
+                When::At(_) => {}
+                When::After(after) => waits += after,
+            }
+            if waits > Duration::from_secs(SECONDS_MAX) {
+                let text =
+                    format!("the waits up to here add up to {waits:?}: expected up to {SECONDS_MAX}s in all");
+                return Err(self.error(step, text));
+            }
+        }
+        Ok(())
+    }
+
+    /// All waits between steps together: the load may have to run so much longer than `seconds`.
+    pub fn waits(&self) -> Duration {
+        let waits = self.steps.iter().map(|step| match step.when {
+            When::At(_) => Duration::ZERO,
+            When::After(after) => after,
+        });
+        waits.sum()
     }
 
     /// What is wrong with a step.
@@ -728,7 +746,11 @@ mod tests {
             ("at 5s slow disk of node 1 by 11s", "expected up to 10s"),
             ("at 5s slow tape of node 1", "\"tape\": expected network of, disk of"),
             ("at 5s kill node 1\nat 4s start it", "line 2: 4s comes before the step above"),
-            ("seconds 5\nat 5s kill node 1", "line 2: 5s is after the end of the load"),
+            ("seconds 5\nat 5s kill node 1", "line 2: 5s is after the end of the load, which runs for 5s"),
+            (
+                "at 5s kill node 1\nafter 3000s start it\nafter 601s kill it",
+                "line 3: the waits up to here add up to 3601s: expected up to 3600s in all",
+            ),
             ("seconds 0", "line 1: \"0\" instead of seconds: expected a number from 1 to 3600"),
             ("place shard 1 on 4", "puts shard 1 on node 4, but there are 3"),
             ("place shard 5 on 1", "names shard 5, but there are 4 shards"),
