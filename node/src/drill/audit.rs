@@ -1,9 +1,13 @@
 //! The questions after a drill, when everything is mended and the load has ended.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use futures::{StreamExt as _, stream};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use uuid::{NoContext, Timestamp, Uuid};
 use verdict_client::{Batch, BatchBuilder, Client, Options, Row, row, value::Kind};
 use verdict_proto::v1::{Decision, history_entry::Change, outcome};
@@ -27,6 +31,11 @@ const WINDOW: usize = 256;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long the server is asked to wait for a decision.
 const DECISION_WAIT: Duration = Duration::from_secs(5);
+/// How often one question is asked, at most, until there is an answer, and the time between.
+const TRIES: u32 = 4;
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// So many questions are asked again in all, at one node: where nobody answers, each takes its whole time.
+const AGAIN_MAX: usize = 500;
 /// Decisions, or changes, on one page.
 const PAGE: u32 = 10_000;
 /// The most pages.
@@ -62,7 +71,7 @@ pub async fn audit(
         Err(error) => note("list the decisions", &error),
     }
     match fees(client, book, from_position).await {
-        Ok(fees) => audit.fees = fees,
+        Ok(fees) => audit.fees = Some(fees),
         Err(error) => note("read the history of the fee account", &error),
     }
     if let Err(error) = wait_quiet(client).await {
@@ -100,9 +109,11 @@ async fn ask_nodes(
         }
     }
     let asked = clients.iter().map(|(node, client)| async move {
+        let again = &AtomicUsize::new(AGAIN_MAX);
         let questions = batches.iter().enumerate().map(|(number, batch)| async move {
-            let said = Said::of(&client.get_batch(&batch.id.to_string(), false, DECISION_WAIT).await);
-            (*node, number, said)
+            let id = batch.id.to_string();
+            let ask = || async { Said::of(&client.get_batch(&id, false, DECISION_WAIT).await) };
+            (*node, number, until_answered(again, ask).await)
         });
         stream::iter(questions).buffer_unordered(QUESTIONS).collect::<Vec<_>>().await
     });
@@ -111,21 +122,35 @@ async fn ask_nodes(
 
 /// Submits every batch again under its id.
 async fn submit_again(load: &Load<'_>, client: &Client, batches: &[Attempt]) -> Vec<(usize, Said)> {
-    let submitter = client.submitter(WINDOW);
-    let work = batches.iter().enumerate().map(|(number, batch)| {
-        let answer = submitter.submit(load.batch(number, batch.id));
-        async move { (number, Said::of(&answer.await.result)) }
+    let submitter = &client.submitter(WINDOW);
+    let again = &AtomicUsize::new(AGAIN_MAX);
+    let work = batches.iter().enumerate().map(|(number, batch)| async move {
+        let ask = || async { Said::of(&submitter.submit(load.batch(number, batch.id)).await.result) };
+        (number, until_answered(again, ask).await)
     });
     stream::iter(work).buffer_unordered(WINDOW).collect().await
 }
 
-type Wrong = Result<Said, String>;
+/// Asks, and asks again while there is no answer, `again` times in all.
+async fn until_answered<F: Future<Output = Said>>(again: &AtomicUsize, ask: impl Fn() -> F) -> Said {
+    let mut said = ask().await;
+    for _ in 1..TRIES {
+        let may_ask =
+            || again.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok();
+        if said.is_answer() || !may_ask() {
+            break;
+        }
+        sleep(AGAIN_AFTER).await;
+        said = ask().await;
+    }
+    said
+}
 
 /// Submits what must be refused: known ids with other contents, and an id that is too old.
-async fn submit_wrong(client: &Client, batches: &[Attempt]) -> (Vec<Wrong>, Option<Wrong>) {
+async fn submit_wrong(client: &Client, batches: &[Attempt]) -> (Vec<Said>, Option<Said>) {
+    let again = &AtomicUsize::new(AGAIN_MAX);
     let submit = |batch: Batch| async move {
-        let answer = client.submit(&batch).await;
-        answer.map(|outcome| Said::of(&Ok(outcome))).map_err(|error| error.to_string())
+        until_answered(again, || async { Said::of(&client.submit(&batch).await) }).await
     };
     let known = batches.iter().filter(|batch| batch.end().is_some()).take(OTHER_CONTENTS);
     let mut others = Vec::new();
@@ -211,4 +236,32 @@ async fn fees(client: &Client, book: &Book, from_position: u64) -> anyhow::Resul
         }
     }
     anyhow::bail!("there are more than {PAGES_MAX} pages of {PAGE}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Gives one after the other, the last of them for ever; tells how often it was asked too.
+    async fn ask(again: &AtomicUsize, answers: &[Said]) -> (Said, usize) {
+        let asked = &AtomicUsize::new(0);
+        let next = || async {
+            let place = asked.fetch_add(1, Ordering::Relaxed);
+            answers[place.min(answers.len() - 1)].clone()
+        };
+        let said = until_answered(again, next).await;
+        (said, asked.load(Ordering::Relaxed))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_question_without_an_answer_is_asked_again_some_times() {
+        let again = AtomicUsize::new(7);
+        let failed = || Said::Failed("no".into());
+        let late = [Said::Unknown, Said::Refused, Said::Committed(7)];
+        assert_eq!(ask(&again, &[Said::NotSeen, Said::Committed(7)]).await, (Said::NotSeen, 1));
+        assert_eq!(ask(&again, &late).await, (Said::Committed(7), 3));
+        assert_eq!(ask(&again, &[failed()]).await, (failed(), 4));
+        assert_eq!(ask(&again, &[failed()]).await, (failed(), 3), "two were left of seven");
+        assert_eq!(ask(&again, &late).await, (Said::Unknown, 1));
+    }
 }

@@ -312,7 +312,7 @@ fn atomic(record: &Record) -> Promise {
 fn decided_once(record: &Record) -> Promise {
     let mut asked =
         Check::new("each node, asked for each id afterwards, tells the outcome that was answered");
-    for (node, number, said) in &record.audit.asked {
+    for (node, number, said) in record.audit.asked.iter().filter(|(_, _, said)| said.is_answer()) {
         compare(&mut asked, record, *number, said, &format!("node {node}"));
     }
     let mut log = Check::new("the log holds one decision for each answered id, the one that was answered");
@@ -339,13 +339,11 @@ fn decided_once(record: &Record) -> Promise {
 fn exactly_once(record: &Record) -> Promise {
     let audit = &record.audit;
     let mut during = Check::new("submitted again under the same id while the load ran: the same answer");
-    // An answer that was lost says nothing.
-    let answered = |said: &Said| !matches!(said, Said::Unknown | Said::Refused);
-    for repeat in record.repeats.iter().filter(|repeat| answered(&repeat.said)) {
+    for repeat in record.repeats.iter().filter(|repeat| repeat.said.is_answer()) {
         compare(&mut during, record, repeat.number, &repeat.said, "submitted again");
     }
     let mut after = Check::new("submitted again under the same id afterwards: the same answer");
-    for (number, said) in &audit.again {
+    for (number, said) in audit.again.iter().filter(|(_, said)| said.is_answer()) {
         compare(&mut after, record, *number, said, "submitted again");
     }
     let mut history = Check::new("the fee account's history has each committed trade once, and nothing else");
@@ -356,26 +354,28 @@ fn exactly_once(record: &Record) -> Promise {
         .filter(|batch| batch.stamp().is_some())
         .filter_map(|batch| Some((batch.id, fee_of(batch).filter(|fee| *fee != 0)?)))
         .collect();
-    for (id, amount) in &audit.fees {
+    for (id, amount) in audit.fees.iter().flatten() {
         let met = expected.remove(id);
         history.see(met == Some(*amount), || match met {
             Some(fee) => format!("{id} paid {amount} instead of {fee}"),
             None => format!("{id} stands there again, or without having been committed"),
         });
     }
-    for (id, fee) in expected {
+    for (id, fee) in expected.into_iter().filter(|_| audit.fees.is_some()) {
         history.see(false, || format!("{id} is committed, and its fee of {fee} isn't there"));
     }
     let mut other = Check::new("a known id with other contents is refused");
-    for said in &audit.other_contents {
-        other.see(matches!(said, Err(error) if error.contains("other contents")), || format!("{said:?}"));
+    for said in audit.other_contents.iter().filter(|said| said.is_answer()) {
+        other.see(matches!(said, Said::Denied(error) if error.contains("other contents")), || {
+            format!("{said:?}")
+        });
     }
     let mut old = Check::new("an id from before the horizon is refused");
-    if let Some(said) = &audit.too_old {
-        old.see(matches!(said, Err(error) if error.contains("too old")), || format!("{said:?}"));
+    for said in audit.too_old.iter().filter(|said| said.is_answer()) {
+        old.see(matches!(said, Said::Denied(error) if error.contains("too old")), || format!("{said:?}"));
     }
     let mut notes = Vec::new();
-    if old.checked == 0 {
+    if audit.too_old.is_none() {
         notes.push("ids that are too old: the cluster is young and remembers all".to_owned());
     }
     let says = "An id takes effect at most once, however often and wherever it is submitted.";
@@ -388,7 +388,7 @@ fn durable(record: &Record) -> Promise {
     let last = deaths.iter().map(|event| event.at).fold(f64::NEG_INFINITY, f64::max);
     let mut stands =
         Check::new("outcomes that were answered before a process died stand afterwards, at each node");
-    for (node, number, said) in &record.audit.asked {
+    for (node, number, said) in record.audit.asked.iter().filter(|(_, _, said)| said.is_answer()) {
         let before = record.batches[*number].end().is_some_and(|end| end.at <= last);
         if before {
             compare(&mut stands, record, *number, said, &format!("node {node}"));
@@ -559,7 +559,9 @@ fn not_blocked(record: &Record) -> Promise {
         });
     }
     let mut able = Check::new("no node ended by itself, all took part again, and all answered afterwards");
-    let troubles = record.events.iter().flat_map(|event| &event.troubles).chain(&record.audit.troubles);
+    let unanswered = unanswered(record);
+    let troubles = record.events.iter().flat_map(|event| &event.troubles);
+    let troubles = troubles.chain(&record.audit.troubles).chain(&unanswered);
     for trouble in troubles {
         able.see(false, || trouble.clone());
     }
@@ -634,6 +636,26 @@ fn shards_away(record: &Record) -> Vec<(f64, f64, u32)> {
         }
     }
     away
+}
+
+/// What had no answer afterwards, a line for each that was asked. That breaks no promise about an id.
+fn unanswered(record: &Record) -> Vec<String> {
+    let audit = &record.audit;
+    let asked = audit.asked.iter().map(|(node, _, said)| (Some(*node), said));
+    let again = audit.again.iter().map(|(_, said)| (None, said));
+    let wrong = audit.other_contents.iter().chain(&audit.too_old).map(|said| (None, said));
+    let mut missing: BTreeMap<Option<u64>, Vec<&Said>> = BTreeMap::new();
+    for (node, said) in asked.chain(again).chain(wrong).filter(|(_, said)| !said.is_answer()) {
+        missing.entry(node).or_default().push(said);
+    }
+    let lines = missing.into_iter().map(|(node, said)| {
+        let what = match node {
+            Some(node) => format!("ids that node {node} was asked for"),
+            None => "submits afterwards".to_owned(),
+        };
+        format!("{} {what} had no answer, though tried again: {:?}", said.len(), said[0])
+    });
+    lines.collect()
 }
 
 /// Compares what is said about a batch with its answer. One that has no definite answer can't be contradicted.
@@ -780,9 +802,9 @@ pub(crate) mod tests {
                 records: batches.iter().map(|batch| batch.stamp().is_some()).collect(),
                 decisions: said,
                 decisions_complete: true,
-                fees: batches[..100].iter().map(|batch| (batch.id, 1)).collect(),
-                other_contents: vec![Err("the id is known with other contents: no".into())],
-                too_old: Some(Err("too old: it is".into())),
+                fees: Some(batches[..100].iter().map(|batch| (batch.id, 1)).collect()),
+                other_contents: vec![Said::Denied("the id is known with other contents: no".into())],
+                too_old: Some(Said::Denied("too old: it is".into())),
                 equal: Some(true),
                 ..Audit::default()
             },
@@ -846,10 +868,12 @@ pub(crate) mod tests {
         assert_eq!(after(|record| record.audit.decisions.push((5, committed(6)))), ["G2"]);
         assert_eq!(after(|record| record.repeats[0].said = committed(99)), ["G3"]);
         assert_eq!(after(|record| record.audit.again[8].1 = aborted()), ["G3"]);
-        assert_eq!(after(|record| record.audit.fees.truncate(99)), ["G3"]);
-        assert_eq!(after(|record| record.audit.fees.push((Uuid::from_u128(5), 1))), ["G3"]);
-        assert_eq!(after(|record| record.audit.other_contents[0] = Ok(committed(8))), ["G3"]);
-        assert_eq!(after(|record| record.audit.too_old = Some(Ok(aborted()))), ["G3"]);
+        let fees = |record: &mut Record| record.audit.fees.take().unwrap();
+        assert_eq!(after(|record| record.audit.fees = Some(fees(record)[..99].to_vec())), ["G3"]);
+        let twice = |record: &mut Record| [fees(record), vec![(Uuid::from_u128(5), 1)]].concat();
+        assert_eq!(after(|record| record.audit.fees = Some(twice(record))), ["G3"]);
+        assert_eq!(after(|record| record.audit.other_contents[0] = committed(8)), ["G3"]);
+        assert_eq!(after(|record| record.audit.too_old = Some(aborted())), ["G3"]);
         assert_eq!(after(|record| record.reads[0].position += 1), ["G5"]);
         assert_eq!(after(|record| record.reads[1].answered = 61), ["G5"]);
         assert_eq!(
@@ -871,6 +895,35 @@ pub(crate) mod tests {
             }),
             ["G10"]
         );
+    }
+
+    #[test]
+    fn no_answer_contradicts_nothing_and_is_told_where_liveness_is_judged() {
+        for said in [Said::Unknown, Said::Refused, Said::Failed("out of order".into())] {
+            assert_eq!(after(|record| record.audit.asked[5].2 = said.clone()), ["G8"]);
+            assert_eq!(after(|record| record.audit.again[5].1 = said.clone()), ["G8"]);
+            assert_eq!(after(|record| record.audit.other_contents[0] = said.clone()), ["G8"]);
+            assert_eq!(after(|record| record.audit.too_old = Some(said.clone())), ["G8"]);
+            // While the load runs answers get lost.
+            assert_eq!(after(|record| record.repeats[0].said = said.clone()), [] as [&str; 0]);
+        }
+        let mut record = example();
+        record.audit.asked[5].2 = Said::Unknown;
+        record.audit.asked[6].2 = Said::Refused;
+        let report = evaluate(&record, given());
+        let told = &report.promises[7].checks[2].examples;
+        assert_eq!(*told, ["2 ids that node 1 was asked for had no answer, though tried again: Unknown"]);
+        let unread = |record: &mut Record| {
+            record.audit.fees = None;
+            record.audit.troubles.push("read the history of the fee account: no".into());
+        };
+        assert_eq!(after(unread), ["G8"]);
+        // What is said of the id itself is an answer.
+        let denied = || Said::Denied("the id is known with other contents: no".into());
+        assert_eq!(after(|record| record.audit.asked[5].2 = denied()), ["G2", "G4"]);
+        assert_eq!(after(|record| record.audit.again[5].1 = denied()), ["G3"]);
+        assert_eq!(after(|record| record.audit.again[5].1 = Said::NotSeen), ["G3"]);
+        assert_eq!(after(|record| record.repeats[0].said = denied()), ["G3"]);
     }
 
     #[test]

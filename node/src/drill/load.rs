@@ -253,7 +253,7 @@ impl<'a> Load<'a> {
             let said = Said::of(&answer.result);
             self.note(&mut attempt, Asked::Submit, said.clone(), answer.lost);
             match said {
-                Said::Committed(_) | Said::Aborted(_) | Said::Failed(_) => return attempt,
+                Said::Committed(_) | Said::Aborted(_) | Said::Denied(_) | Said::Failed(_) => return attempt,
                 Said::Unknown => self.resolve(client, &mut attempt, started).await,
                 Said::NotSeen | Said::Refused => {}
             }
@@ -273,7 +273,7 @@ impl<'a> Load<'a> {
             let said = Said::of(&client.get_batch(&id, false, RESOLVE_WAIT).await);
             match said {
                 Said::Unknown | Said::Refused => sleep(PAUSE).await,
-                Said::Committed(_) | Said::Aborted(_) | Said::NotSeen | Said::Failed(_) => {
+                Said::Committed(_) | Said::Aborted(_) | Said::NotSeen | Said::Denied(_) | Said::Failed(_) => {
                     self.note(attempt, Asked::GetBatch, said, 0);
                     return;
                 }

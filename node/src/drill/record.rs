@@ -107,7 +107,9 @@ pub enum Said {
     NotSeen,
     /// Nothing was proposed: another try may do better.
     Refused,
-    /// An error that no other try mends.
+    /// Refused for what the id is: it is known with other contents, or too old, or malformed.
+    Denied(String),
+    /// Another error, which says nothing of the batch.
     Failed(String),
 }
 
@@ -120,7 +122,20 @@ impl Said {
             Ok(Outcome::Unknown { state: UndecidedState::NotSeen, .. }) => Said::NotSeen,
             Ok(Outcome::Unknown { .. }) => Said::Unknown,
             Err(ClientError::Overloaded { .. } | ClientError::Unavailable { .. }) => Said::Refused,
-            Err(error) => Said::Failed(error.to_string()),
+            Err(
+                error @ (ClientError::InvalidArgument { .. }
+                | ClientError::DifferentContents { .. }
+                | ClientError::TooOld { .. }),
+            ) => Said::Denied(error.to_string()),
+            Err(error @ ClientError::Refused { .. }) => Said::Failed(error.to_string()),
+        }
+    }
+
+    /// Whether it says anything of the batch. What doesn't can't contradict what was said before.
+    pub fn is_answer(&self) -> bool {
+        match self {
+            Said::Committed(_) | Said::Aborted(_) | Said::NotSeen | Said::Denied(_) => true,
+            Said::Unknown | Said::Refused | Said::Failed(_) => false,
         }
     }
 
@@ -254,12 +269,12 @@ pub struct Audit {
     pub decisions: Vec<(usize, Said)>,
     /// Whether these are all.
     pub decisions_complete: bool,
-    /// The batches that changed the fee account, as its history tells, with the amounts.
-    pub fees: Vec<(Uuid, i128)>,
+    /// The batches that changed the fee account, as its history tells, with the amounts; None: it could not be read.
+    pub fees: Option<Vec<(Uuid, i128)>>,
     /// Ids that were submitted with other contents, and what was said.
-    pub other_contents: Vec<Result<Said, String>>,
-    /// An id from before the horizon, and what was said.
-    pub too_old: Option<Result<Said, String>>,
+    pub other_contents: Vec<Said>,
+    /// An id from before the horizon, and what was said; None: there is none yet.
+    pub too_old: Option<Said>,
     /// What was not finished in the end, if anything.
     pub not_quiet: Option<String>,
     /// How long it took after the load until everything was finished.
