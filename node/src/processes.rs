@@ -219,7 +219,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Asks processes to end (SIGTERM), and waits until they have.
+    /// Asks processes to end (SIGTERM), and waits until they have. One that was paused must go on before: it would not notice.
     pub async fn stop(&mut self, nodes: &[u64]) -> anyhow::Result<()> {
         let mut children = Vec::new();
         for node in nodes {

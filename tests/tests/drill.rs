@@ -89,6 +89,41 @@ fn a_node_that_is_lost_in_a_drill_is_replaced_and_the_new_one_is_asked_too() {
 }
 
 #[test]
+fn steps_pass_over_nodes_that_are_so_already_and_a_paused_one_can_be_restarted() {
+    let folder = tempfile::tempdir().expect("make a folder");
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (scenario, json) = (path("again.drill"), path("report.json"));
+    let text = "seconds 8\nshards 1\nat 1s pause node 3\nthen pause it\nafter 500ms restart it\nthen wait until whole\n\
+                then kill node 1\nthen kill all\nthen stop it\nthen pause it\nthen start node 2\nthen start all\n\
+                then wait until whole";
+    fs::write(&scenario, text).expect("write a scenario");
+    let began = Instant::now();
+    let output = run_to_end(&["drill", &scenario, "--rate", "50", "--json", &json], DRILL_WITHIN);
+    println!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "the drill failed after {:?}", began.elapsed());
+    let report: Json =
+        serde_json::from_str(&fs::read_to_string(&json).expect("a JSON report")).expect("JSON");
+    let events = report["events"].as_array().expect("events");
+    let said: Vec<&str> = events.iter().filter_map(|event| event["what"].as_str()).collect();
+    let expected = [
+        "pause: node 3",
+        "pause: nothing to do (already paused or down: node 3)",
+        "stop in order and start again: node 3",
+        "all replicas take part",
+        "kill -9: node 1",
+        "kill -9: all 3 nodes (already down: node 1)",
+        "stop in order: nothing to do (already down: nodes 1, 2, 3)",
+        "pause: nothing to do (already paused or down: nodes 1, 2, 3)",
+        "start: node 2",
+        "start: all 3 nodes (already up: node 2)",
+        "all replicas take part",
+    ];
+    assert_eq!(said[..expected.len()], expected);
+    // Once it runs again it counts as whole.
+    assert_eq!(events[2]["impaired"].as_array().map(Vec::len), Some(0), "{}", events[2]);
+}
+
+#[test]
 fn what_can_t_run_is_told_with_line_and_expectation_and_exit_status_2() {
     let folder = tempfile::tempdir().expect("make a folder");
     let file = folder.path().join("mine.drill");

@@ -161,11 +161,15 @@ impl Compose {
 
     /// Runs one `docker` command on the containers of nodes.
     pub async fn each(&self, command: &[&str], nodes: &[u64]) -> anyhow::Result<()> {
+        self.ask_each(command, nodes).await.map(drop)
+    }
+
+    async fn ask_each(&self, command: &[&str], nodes: &[u64]) -> anyhow::Result<String> {
         let containers =
             nodes.iter().map(|node| self.container(*node)).collect::<anyhow::Result<Vec<String>>>()?;
         let mut arguments = command.to_vec();
         arguments.extend(containers.iter().map(String::as_str));
-        docker(&arguments).await.map(drop)
+        docker(&arguments).await
     }
 
     /// Pauses containers. Under load the kernel may not get to freeze one in time; the next try does.
@@ -183,10 +187,20 @@ impl Compose {
         Ok(())
     }
 
-    /// Whether a container runs.
+    /// Whether a container runs. A paused one does.
     pub async fn runs(&self, node: u64) -> anyhow::Result<bool> {
-        let said = docker(&["inspect", "-f", "{{.State.Running}}", &self.container(node)?]).await?;
-        Ok(said.trim() == "true")
+        Ok(!self.running(&[node]).await?.is_empty())
+    }
+
+    /// Those of some nodes whose containers run.
+    pub async fn running(&self, nodes: &[u64]) -> anyhow::Result<Vec<u64>> {
+        if nodes.is_empty() {
+            return Ok(Vec::new());
+        }
+        // One line for each, in their order.
+        let said = self.ask_each(&["inspect", "-f", "{{.State.Running}}"], nodes).await?;
+        let running = nodes.iter().zip(said.lines()).filter(|(_, said)| said.trim() == "true");
+        Ok(running.map(|(node, _)| *node).collect())
     }
 
     /// Removes a container with its volume, and starts a spare one of its group. Gives its node and where the others reach it.

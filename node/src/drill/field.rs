@@ -152,13 +152,24 @@ impl Field {
 
     /// Whether a node runs. One that has ended by itself doesn't.
     pub async fn runs(&mut self, node: u64) -> anyhow::Result<bool> {
+        Ok(!self.running(&[node]).await?.is_empty())
+    }
+
+    /// Those of some nodes that run.
+    pub async fn running(&mut self, nodes: &[u64]) -> anyhow::Result<Vec<u64>> {
         match self {
             Field::Local(local) => {
-                // It may have ended by itself.
-                local.cluster.ended(node)?;
-                Ok(local.cluster.runs(node))
+                let mut running = Vec::new();
+                for node in nodes {
+                    // It may have ended by itself.
+                    local.cluster.ended(*node)?;
+                    if local.cluster.runs(*node) {
+                        running.push(*node);
+                    }
+                }
+                Ok(running)
             }
-            Field::Compose(compose) => compose.runs(node).await,
+            Field::Compose(compose) => compose.running(nodes).await,
         }
     }
 

@@ -75,8 +75,92 @@ impl State {
         }
     }
 
+    /// Notes which of these nodes have ended by themselves, and tells of them.
+    fn note_ended(&mut self, nodes: &[u64], running: &[u64]) -> Vec<String> {
+        // A node whose disk is full ends, as it should.
+        let expected =
+            |node: &u64| running.contains(node) || self.down.contains(node) || self.full.contains(node);
+        let ended: Vec<u64> = nodes.iter().copied().filter(|node| !expected(node)).collect();
+        self.down.extend(&ended);
+        ended.into_iter().map(|node| format!("node {node} ended by itself")).collect()
+    }
+
     fn impaired(&self) -> BTreeSet<u64> {
         [&self.down, &self.paused, &self.cut, &self.full].into_iter().flatten().copied().collect()
+    }
+}
+
+/// What a step does to processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Deed {
+    Kill,
+    Stop,
+    Start,
+    Restart,
+    Pause,
+    Resume,
+}
+
+impl Deed {
+    /// None: it is about something else.
+    fn of(action: &Action) -> Option<Deed> {
+        match action {
+            Action::Kill(_) => Some(Deed::Kill),
+            Action::Stop(_) => Some(Deed::Stop),
+            Action::Start(_) => Some(Deed::Start),
+            Action::Restart(_) => Some(Deed::Restart),
+            Action::Pause(_) => Some(Deed::Pause),
+            Action::Resume(_) => Some(Deed::Resume),
+            Action::CutOff(..)
+            | Action::SlowNetwork(..)
+            | Action::MendNetwork(_)
+            | Action::SlowDisk(..)
+            | Action::FillDisk(_)
+            | Action::MendDisk(_)
+            | Action::Replace(_)
+            | Action::MoveLeader(_)
+            | Action::WaitWhole => None,
+        }
+    }
+}
+
+/// What a deed comes to, with the nodes as they are.
+#[derive(Debug, PartialEq)]
+struct Plan {
+    /// Those that it changes.
+    nodes: Vec<u64>,
+    /// What is done, and which nodes are as they should be already; for people.
+    what: String,
+    kind: EventKind,
+}
+
+impl Plan {
+    fn new(deed: Deed, nodes: &[u64], who: &str, running: &[u64], paused: &BTreeSet<u64>) -> Plan {
+        let runs = |node: &u64| running.contains(node);
+        let is_paused = |node: &u64| runs(node) && paused.contains(node);
+        let (fault, killing) = (EventKind::Fault { kills: false }, EventKind::Fault { kills: true });
+        let (verb, kind, already) = match deed {
+            Deed::Kill => ("kill -9", killing, "already down"),
+            Deed::Stop => ("stop in order", killing, "already down"),
+            Deed::Restart if !running.is_empty() => ("stop in order and start again", killing, ""),
+            Deed::Start | Deed::Restart => ("start", EventKind::Repair, "already up"),
+            Deed::Pause => ("pause", fault, "already paused or down"),
+            Deed::Resume => ("resume", EventKind::Repair, "not paused"),
+        };
+        let changes = |node: &u64| match deed {
+            Deed::Kill | Deed::Stop => runs(node),
+            Deed::Start => !runs(node),
+            Deed::Restart => true,
+            Deed::Pause => runs(node) && !is_paused(node),
+            Deed::Resume => is_paused(node),
+        };
+        let (changed, left): (Vec<u64>, Vec<u64>) = nodes.iter().copied().partition(|node| changes(node));
+        let (what, kind) = match (changed.is_empty(), left.is_empty()) {
+            (true, _) => (format!("{verb}: nothing to do ({already}: {})", names(&left)), EventKind::Wait),
+            (false, true) => (format!("{verb}: {who}"), kind),
+            (false, false) => (format!("{verb}: {who} ({already}: {})", names(&left)), kind),
+        };
+        Plan { nodes: changed, what, kind }
     }
 }
 
@@ -129,7 +213,14 @@ impl Player<'_> {
                     Some(target) => self.find(target, state).await?,
                     None => bail!("this step has no target"),
                 };
-                let done = self.act(action, &nodes, &who, at, state).await?;
+                let done = match Deed::of(action) {
+                    Some(deed) => {
+                        let (plan, mut ended) = self.change(deed, &nodes, &who, at, state).await?;
+                        troubles.append(&mut ended);
+                        (plan.what, plan.kind)
+                    }
+                    None => self.act(action, &nodes, &who, at, state).await?,
+                };
                 state.it = nodes;
                 done
             }
@@ -217,7 +308,53 @@ impl Player<'_> {
         cluster_state::wait_caught_up(self.client, new).await
     }
 
-    /// Does something to nodes. Gives what it was, for people.
+    /// Starts, ends, pauses or resumes processes, those that aren't so already. Gives what it was, and what should not have
+    /// happened before.
+    async fn change(
+        &self,
+        deed: Deed,
+        nodes: &[u64],
+        who: &str,
+        at: f64,
+        state: &mut State,
+    ) -> anyhow::Result<(Plan, Vec<String>)> {
+        let mut field = self.field.lock().await;
+        let running = field.running(nodes).await?;
+        let troubles = state.note_ended(nodes, &running);
+        let plan = Plan::new(deed, nodes, who, &running, &state.paused);
+        if plan.nodes.is_empty() {
+            return Ok((plan, troubles));
+        }
+        self.screen.say(&format!("{at:>6.1} s  {}", plan.what));
+        // Who asks the others meanwhile must know before it happens.
+        match deed {
+            Deed::Kill | Deed::Stop | Deed::Restart => state.down.extend(&running),
+            Deed::Pause => state.paused.extend(&plan.nodes),
+            Deed::Start | Deed::Resume => {}
+        }
+        self.set_impaired(state);
+        match deed {
+            Deed::Kill => field.kill(&plan.nodes).await?,
+            Deed::Stop => stop(&mut field, &running, &state.paused).await?,
+            Deed::Start | Deed::Restart => {
+                if deed == Deed::Restart {
+                    stop(&mut field, &running, &state.paused).await?;
+                }
+                for node in &plan.nodes {
+                    field.start_node(*node).await?;
+                }
+                state.down.retain(|node| !plan.nodes.contains(node));
+            }
+            Deed::Pause => field.pause(&plan.nodes).await?,
+            Deed::Resume => field.resume(&plan.nodes).await?,
+        }
+        if deed != Deed::Pause {
+            state.paused.retain(|node| !plan.nodes.contains(node));
+        }
+        Ok((plan, troubles))
+    }
+
+    /// Does something to the networks or disks of nodes. Gives what it was, for people.
     async fn act(
         &self,
         action: &Action,
@@ -235,59 +372,6 @@ impl Player<'_> {
         let mut field = self.field.lock().await;
         // Who asks the others meanwhile must know before it happens.
         match action {
-            Action::Kill(_) => {
-                state.down.extend(&set);
-                self.set_impaired(state);
-                let said = say(format!("kill -9: {who}"), killing);
-                field.kill(nodes).await?;
-                state.paused.retain(|node| !set.contains(node));
-                Ok(said)
-            }
-            Action::Stop(_) => {
-                state.down.extend(&set);
-                self.set_impaired(state);
-                let said = say(format!("stop in order: {who}"), killing);
-                field.stop(nodes).await?;
-                Ok(said)
-            }
-            Action::Start(_) | Action::Restart(_) => {
-                let mut running = Vec::new();
-                for node in nodes {
-                    if field.runs(*node).await? {
-                        running.push(*node);
-                    }
-                }
-                let restarts = matches!(action, Action::Restart(_)) && !running.is_empty();
-                let said = match restarts {
-                    true => say(format!("stop in order and start again: {who}"), killing),
-                    false => say(format!("start: {who}"), EventKind::Repair),
-                };
-                if restarts {
-                    state.down.extend(&running);
-                    self.set_impaired(state);
-                    field.stop(&running).await?;
-                }
-                for node in nodes {
-                    if restarts || !running.contains(node) {
-                        field.start_node(*node).await?;
-                    }
-                }
-                state.down.retain(|node| !set.contains(node));
-                Ok(said)
-            }
-            Action::Pause(_) => {
-                state.paused.extend(&set);
-                self.set_impaired(state);
-                let said = say(format!("pause: {who}"), fault);
-                field.pause(nodes).await?;
-                Ok(said)
-            }
-            Action::Resume(_) => {
-                let said = say(format!("resume: {who}"), EventKind::Repair);
-                field.resume(nodes).await?;
-                state.paused.retain(|node| !set.contains(node));
-                Ok(said)
-            }
             Action::CutOff(_, way) => {
                 state.cut.extend(&set);
                 self.set_impaired(state);
@@ -333,18 +417,22 @@ impl Player<'_> {
                 }
                 Ok(said)
             }
-            Action::Replace(_) | Action::MoveLeader(_) | Action::WaitWhole => {
-                bail!("this step is done elsewhere")
-            }
+            Action::Kill(_)
+            | Action::Stop(_)
+            | Action::Start(_)
+            | Action::Restart(_)
+            | Action::Pause(_)
+            | Action::Resume(_)
+            | Action::Replace(_)
+            | Action::MoveLeader(_)
+            | Action::WaitWhole => bail!("this step is done elsewhere"),
         }
     }
 
     /// The nodes that a target means now, and what to call them.
     async fn find(&self, target: &Target, state: &State) -> anyhow::Result<(Vec<u64>, String)> {
         let named = |nodes: Vec<u64>| {
-            let names: Vec<String> = nodes.iter().map(u64::to_string).collect();
-            let plural = if nodes.len() == 1 { "" } else { "s" };
-            let text = format!("node{plural} {}", names.join(", "));
+            let text = names(&nodes);
             (nodes, text)
         };
         match target {
@@ -418,8 +506,9 @@ impl Player<'_> {
         let mut field = self.field.lock().await;
         let nodes = |set: &BTreeSet<u64>| set.iter().copied().collect::<Vec<u64>>();
         let mut mended = Vec::new();
-        if !state.paused.is_empty() {
-            field.resume(&nodes(&state.paused)).await?;
+        let paused = field.running(&nodes(&state.paused)).await?;
+        if !paused.is_empty() {
+            field.resume(&paused).await?;
             mended.push("resumed");
         }
         if !state.cut.is_empty() || !state.slow.is_empty() {
@@ -480,10 +569,73 @@ impl Player<'_> {
     }
 }
 
+/// Stops nodes in order. One that stands still goes on first: it would not notice that it is asked to end.
+async fn stop(field: &mut Field, running: &[u64], paused: &BTreeSet<u64>) -> anyhow::Result<()> {
+    let still: Vec<u64> = running.iter().copied().filter(|node| paused.contains(node)).collect();
+    if !still.is_empty() {
+        field.resume(&still).await?;
+    }
+    match running.is_empty() {
+        true => Ok(()),
+        false => field.stop(running).await,
+    }
+}
+
+fn names(nodes: &[u64]) -> String {
+    let names: Vec<String> = nodes.iter().map(u64::to_string).collect();
+    let plural = if nodes.len() == 1 { "" } else { "s" };
+    format!("node{plural} {}", names.join(", "))
+}
+
 fn way_name(way: Way) -> &'static str {
     match way {
         Way::Both => "both ways",
         Way::Incoming => "one way, nothing gets in",
         Way::Outgoing => "one way, nothing gets out",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FAULT: EventKind = EventKind::Fault { kills: false };
+    const KILLING: EventKind = EventKind::Fault { kills: true };
+
+    /// What it comes to if nodes 2 and 3 of three run, and node 3 is paused.
+    fn plan(deed: Deed, nodes: &[u64]) -> Plan {
+        let running: Vec<u64> = nodes.iter().copied().filter(|node| *node != 1).collect();
+        Plan::new(deed, nodes, "these", &running, &[3].into())
+    }
+
+    fn expected(nodes: &[u64], what: &str, kind: EventKind) -> Plan {
+        Plan { nodes: nodes.to_vec(), what: what.to_owned(), kind }
+    }
+
+    #[test]
+    fn only_nodes_that_are_not_so_already_are_changed_and_the_others_are_named() {
+        let all = &[1, 2, 3];
+        let kill = "kill -9: these (already down: node 1)";
+        assert_eq!(plan(Deed::Kill, all), expected(&[2, 3], kill, KILLING));
+        let start = "start: these (already up: nodes 2, 3)";
+        assert_eq!(plan(Deed::Start, all), expected(&[1], start, EventKind::Repair));
+        let restart = "stop in order and start again: these";
+        assert_eq!(plan(Deed::Restart, all), expected(all, restart, KILLING));
+        let pause = "pause: these (already paused or down: nodes 1, 3)";
+        assert_eq!(plan(Deed::Pause, all), expected(&[2], pause, FAULT));
+        let resume = "resume: these (not paused: nodes 1, 2)";
+        assert_eq!(plan(Deed::Resume, all), expected(&[3], resume, EventKind::Repair));
+
+        assert_eq!(plan(Deed::Stop, &[2]), expected(&[2], "stop in order: these", KILLING));
+        assert_eq!(plan(Deed::Restart, &[1]), expected(&[1], "start: these", EventKind::Repair));
+        let nothing = "stop in order: nothing to do (already down: node 1)";
+        assert_eq!(plan(Deed::Stop, &[1]), expected(&[], nothing, EventKind::Wait));
+    }
+
+    #[test]
+    fn a_node_that_ended_by_itself_is_told_once_and_one_with_a_full_disk_is_not() {
+        let mut state = State { down: [1].into(), full: [2].into(), ..State::default() };
+        assert_eq!(state.note_ended(&[1, 2, 3, 4], &[4]), ["node 3 ended by itself"]);
+        assert_eq!(state.note_ended(&[1, 2, 3, 4], &[4]), [] as [&str; 0]);
     }
 }

@@ -222,7 +222,7 @@ pub enum EventKind {
     },
     /// It mends something.
     Repair,
-    /// It is waited for.
+    /// It is waited for, or there was nothing to do.
     Wait,
 }
 
