@@ -97,10 +97,9 @@ fn steps_pass_over_nodes_that_are_so_already_and_a_paused_one_can_be_restarted()
                 then kill node 1\nthen kill all\nthen stop it\nthen pause it\nthen start node 2\nthen start all\n\
                 then wait until whole";
     fs::write(&scenario, text).expect("write a scenario");
-    let began = Instant::now();
     let output = run_to_end(&["drill", &scenario, "--rate", "50", "--json", &json], DRILL_WITHIN);
     println!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert_eq!(output.status.code(), Some(0), "the drill failed after {:?}", began.elapsed());
+    assert_eq!(output.status.code(), Some(0), "the drill failed");
     let report: Json =
         serde_json::from_str(&fs::read_to_string(&json).expect("a JSON report")).expect("JSON");
     let events = report["events"].as_array().expect("events");
@@ -134,6 +133,14 @@ fn what_can_t_run_is_told_with_line_and_expectation_and_exit_status_2() {
     assert!(told.contains("line 2") && told.contains("did you mean \"kill\"?"), "{told}");
     let output = run_to_end(&["drill", "no-such-thing"], DRILL_WITHIN);
     assert_eq!(output.status.code(), Some(2));
+    // Before anything is started.
+    let page = folder.path().join("nowhere/report.html");
+    let output = run_to_end(&["drill", "kill-coordinator", "--out", &page.to_string_lossy()], DRILL_WITHIN);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{told}");
+    assert!(told.contains("nowhere/report.html: No such file") && !told.contains("are up after"), "{told}");
+    let output = run_to_end(&["drill", "list", "--rate", "fast"], DRILL_WITHIN);
+    assert_eq!(output.status.code(), Some(3));
 }
 
 #[test]

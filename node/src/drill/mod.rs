@@ -25,7 +25,7 @@ pub mod watching;
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs::{self, OpenOptions},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{
@@ -62,7 +62,7 @@ use watching::Watch;
 
 /// The exit code if a promise was violated.
 const VIOLATED: u8 = 1;
-/// The exit code if the drill could not run, so that nothing was judged.
+/// The exit code if the drill could not run, so that nothing was judged, or if a report could not be written.
 const COULD_NOT_RUN: u8 = 2;
 /// The exit code after an interruption, as shells have it.
 const INTERRUPTED: u8 = 130;
@@ -85,7 +85,8 @@ Examples:
   verdict drill ./mine.drill --seconds 60 --rate 1000
   verdict drill all --out reports                 each of them, with a report of each in a folder
 
-Exit status: 0 all promises held, 1 one was violated, 2 the drill could not run, 130 it was interrupted.
+Exit status: 0 all promises held, 1 one was violated, 2 the drill could not run or its report not be written,
+3 the command line is wrong, 130 it was interrupted.
 docs/operations.md explains the scenario language and the report.")]
 pub struct DrillArgs {
     /// A scenario's name or file; `list`, `show NAME`, or `all`
@@ -185,16 +186,32 @@ enum End {
 }
 
 async fn run_and_tell(args: &DrillArgs, scenario: Scenario) -> anyhow::Result<ExitCode> {
-    match run_one(args, scenario).await? {
+    let files = Files { html: args.out.clone(), json: args.json.clone() };
+    match run_one(args, scenario, &files).await? {
         End::Reported(report) => {
-            write_files(&report, args.out.as_deref(), args.json.as_deref())?;
             crate::out!("{}", terminal::show(&report).trim_end());
-            for path in [&args.out, &args.json].into_iter().flatten() {
-                crate::out!("written: {}", path.display());
+            let mut failed = false;
+            for (path, written) in files.write(&report) {
+                match written {
+                    Ok(()) => crate::out!("written: {}", path.display()),
+                    Err(error) => {
+                        failed = true;
+                        crate::err!("verdict drill: {error:#}");
+                    }
+                }
             }
-            Ok(if report.held { ExitCode::SUCCESS } else { ExitCode::from(VIOLATED) })
+            Ok(ExitCode::from(exit_code(!report.held, failed)))
         }
         End::Interrupted(reader) => Ok(interruption(reader)),
+    }
+}
+
+/// A promise that was violated tells more than what could not be done.
+fn exit_code(violated: bool, failed: bool) -> u8 {
+    match (violated, failed) {
+        (true, _) => VIOLATED,
+        (false, true) => COULD_NOT_RUN,
+        (false, false) => 0,
     }
 }
 
@@ -210,19 +227,26 @@ async fn run_all(args: &DrillArgs) -> anyhow::Result<ExitCode> {
     let (mut lines, mut violated, mut failed) = (Vec::new(), false, false);
     for folder in [&args.out, &args.json].into_iter().flatten() {
         fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+        tempfile::tempfile_in(folder).with_context(|| format!("write into {}", folder.display()))?;
     }
     for (name, text) in BUILT_IN {
         crate::err!("--- {name}");
         // Each has a cluster of its own.
         let args = DrillArgs { data: args.data.as_ref().map(|folder| folder.join(name)), ..args.clone() };
-        match run_one(&args, Scenario::parse(name, text)?).await {
+        let file = |folder: &PathBuf, ending: &str| folder.join(format!("{name}.{ending}"));
+        let files = Files {
+            html: args.out.as_ref().map(|folder| file(folder, "html")),
+            json: args.json.as_ref().map(|folder| file(folder, "json")),
+        };
+        let told = lines.len();
+        match run_one(&args, Scenario::parse(name, text)?, &files).await {
             Ok(End::Reported(report)) => {
-                let file = |folder: &PathBuf, ending: &str| folder.join(format!("{name}.{ending}"));
-                let html = args.out.as_ref().map(|folder| file(folder, "html"));
-                let json = args.json.as_ref().map(|folder| file(folder, "json"));
-                write_files(&report, html.as_deref(), json.as_deref())?;
                 violated |= !report.held;
                 lines.push(terminal::line(&report));
+                for error in files.write(&report).into_iter().filter_map(|(_, written)| written.err()) {
+                    failed = true;
+                    lines.push(format!("{name:<24} {error:#}"));
+                }
             }
             Ok(End::Interrupted(reader)) => return Ok(interruption(reader)),
             Err(error) => {
@@ -230,37 +254,70 @@ async fn run_all(args: &DrillArgs) -> anyhow::Result<ExitCode> {
                 lines.push(format!("{name:<24} could not run: {error:#}"));
             }
         }
-        crate::err!("{}", lines.last().map_or("", String::as_str));
+        for line in &lines[told..] {
+            crate::err!("{line}");
+        }
     }
     crate::out!("{}", terminal::LINE_HEADER);
     for line in lines {
         crate::out!("{line}");
     }
-    Ok(ExitCode::from(match (violated, failed) {
-        (true, _) => VIOLATED,
-        (false, true) => COULD_NOT_RUN,
-        (false, false) => 0,
-    }))
+    Ok(ExitCode::from(exit_code(violated, failed)))
 }
 
-fn write_files(report: &Report, html: Option<&Path>, json: Option<&Path>) -> anyhow::Result<()> {
-    if let Some(path) = html {
-        fs::write(path, html::page(report)).with_context(|| format!("write {}", path.display()))?;
+/// The files that a report goes into.
+#[derive(Debug)]
+struct Files {
+    html: Option<PathBuf>,
+    json: Option<PathBuf>,
+}
+
+impl Files {
+    /// Whether they can be written: it would be a pity to learn that after the drill. Leaves everything as it is.
+    fn check(&self) -> anyhow::Result<()> {
+        [&self.html, &self.json].into_iter().flatten().try_for_each(|path| check_file(path))
     }
-    if let Some(path) = json {
-        let text = serde_json::to_string_pretty(report).context("write the report as JSON")?;
-        fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))?;
+
+    /// Writes them, each whatever became of the other.
+    fn write(&self, report: &Report) -> Vec<(&Path, anyhow::Result<()>)> {
+        let write = |path: &Path, text: String| {
+            fs::write(path, text).with_context(|| format!("write {}", path.display()))
+        };
+        let mut written = Vec::new();
+        if let Some(path) = self.html.as_deref() {
+            written.push((path, write(path, html::page(report))));
+        }
+        if let Some(path) = self.json.as_deref() {
+            let text = serde_json::to_string_pretty(report).context("write the report as JSON");
+            written.push((path, text.and_then(|text| write(path, text + "\n"))));
+        }
+        written
+    }
+}
+
+fn check_file(path: &Path) -> anyhow::Result<()> {
+    let is_new = path.symlink_metadata().is_err();
+    // A pipe would take the end of this check for the end of the report.
+    if !is_new && !path.is_file() && !path.is_dir() {
+        return Ok(());
+    }
+    let opened = OpenOptions::new().append(true).create(true).open(path);
+    opened.with_context(|| format!("write {}", path.display()))?;
+    if is_new {
+        fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
     }
     Ok(())
 }
 
 /// Runs a scenario, on a cluster of its own that ends with it, or on the containers.
-async fn run_one(args: &DrillArgs, mut scenario: Scenario) -> anyhow::Result<End> {
+async fn run_one(args: &DrillArgs, mut scenario: Scenario, files: &Files) -> anyhow::Result<End> {
     if let Some(seconds) = args.seconds {
         scenario.seconds = Duration::from_secs(seconds);
         scenario.check_times()?;
     }
     let folder = Folder::make(args.data.as_deref(), args.keep, "verdict-drill-")?;
+    // They may lie in that folder.
+    files.check()?;
     let field = match args.compose {
         true => {
             let compose = Compose::find().await?;
@@ -475,6 +532,32 @@ mod tests {
         assert_eq!(at(951_782_399), "2000-02-28 23:59:59 UTC");
         assert_eq!(at(951_782_400), "2000-02-29 00:00:00 UTC");
         assert_eq!(at(1_795_264_205), "2026-11-21 12:30:05 UTC");
+    }
+
+    #[test]
+    fn files_are_checked_without_a_trace_and_one_that_fails_keeps_no_other_from_being_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| Some(folder.path().join(name));
+        let (old, new) = (path("old.html"), path("new.json"));
+        fs::write(old.as_deref().unwrap(), "as it was").unwrap();
+        Files { html: old.clone(), json: new.clone() }.check().unwrap();
+        assert_eq!(fs::read_to_string(old.as_deref().unwrap()).unwrap(), "as it was");
+        assert!(!new.as_deref().unwrap().exists());
+        let lost = Files { html: path("nowhere/new.html"), json: new.clone() };
+        let told = lost.check().unwrap_err().to_string();
+        assert!(told.ends_with("nowhere/new.html"), "{told}");
+        assert!(Files { html: path(""), json: None }.check().is_err(), "a folder is no file");
+
+        let report = evaluate(&evaluate::tests::example(), evaluate::tests::given());
+        let written = lost.write(&report);
+        assert_eq!(written.iter().map(|(_, written)| written.is_ok()).collect::<Vec<_>>(), [false, true]);
+        assert!(fs::read_to_string(new.as_deref().unwrap()).unwrap().contains("\"held\": true"));
+    }
+
+    #[test]
+    fn a_report_that_could_not_be_written_hides_no_violated_promise() {
+        assert_eq!((exit_code(true, true), exit_code(true, false)), (VIOLATED, VIOLATED));
+        assert_eq!((exit_code(false, true), exit_code(false, false)), (COULD_NOT_RUN, 0));
     }
 
     #[test]
