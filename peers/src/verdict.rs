@@ -54,6 +54,15 @@ struct Answer {
     cpu_us_per_trade: Option<Number>,
     /// Of the clients.
     client_cpu_us_per_trade: Option<Number>,
+    answers: Answers,
+}
+
+/// What became of all trades, those outside of the measured time too.
+#[derive(Deserialize)]
+struct Answers {
+    committed: u64,
+    /// Tries.
+    refused: u64,
 }
 
 /// A number, or the median of several.
@@ -112,7 +121,7 @@ fn figures(json: &str, cases: &[Case]) -> anyhow::Result<Vec<Figures>> {
             p50_ms: answer.p50_ms.value(),
             p99_ms: answer.p99_ms.value(),
             max_ms: answer.max_ms.map(Number::value),
-            failed_tries_per_trade: 0.0,
+            failed_tries_per_trade: answer.answers.refused as f64 / answer.answers.committed.max(1) as f64,
             cpu_us_per_trade: answer.cpu_us_per_trade.zip(answer.client_cpu_us_per_trade).map(both),
             others_cpus: None,
         })
@@ -141,16 +150,20 @@ mod tests {
     #[test]
     fn figures_are_found_by_the_case() {
         let json = r#"{"cases": [
-            {"case": "stream-1", "trades_per_second": {"median": 70000.0, "min": 1}, "p50_ms": 9.5, "p99_ms": {"median": 44}},
+            {"case": "stream-1", "trades_per_second": {"median": 70000.0, "min": 1}, "p50_ms": 9.5, "p99_ms": {"median": 44},
+             "answers": {"committed": 400, "refused": 100, "lost": 0}},
             {"case": "hot-256", "trades_per_second": 5, "p50_ms": 1, "p99_ms": 2, "cpu_us_per_trade": 30.5,
-             "client_cpu_us_per_trade": 4, "max_ms": 9.5, "more": []},
-            {"case": "unary-64", "trades_per_second": {"median": 20000.5}, "p50_ms": {"median": 3}, "p99_ms": 7}
+             "client_cpu_us_per_trade": 4, "max_ms": 9.5, "more": [], "answers": {"committed": 0, "refused": 0}},
+            {"case": "unary-64", "trades_per_second": {"median": 20000.5}, "p50_ms": {"median": 3}, "p99_ms": 7,
+             "answers": {"committed": 1, "refused": 0}}
         ]}"#;
         let cases = System::Verdict.cases(true);
         let figures = figures(json, &cases).unwrap();
         let rates: Vec<f64> = figures.iter().map(|figures| figures.trades_per_second).collect();
         assert_eq!(rates, [20000.5, 70000.0, 5.0]);
         assert_eq!((figures[1].p99_ms, figures[2].cpu_us_per_trade), (44.0, Some(34.5)));
+        let tries: Vec<f64> = figures.iter().map(|figures| figures.failed_tries_per_trade).collect();
+        assert_eq!(tries, [0.0, 0.25, 0.0]);
     }
 
     #[test]

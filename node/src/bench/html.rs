@@ -120,6 +120,7 @@ fn write_table(page: &mut String, report: &Report) {
         "p50 by floor",
         "committed",
         "not",
+        "refused tries",
     ] {
         let _ = write!(page, "<th class=\"n\">{head}</th>");
     }
@@ -149,7 +150,8 @@ fn write_table(page: &mut String, report: &Report) {
                 "–".to_owned()
             },
             grouped(answers.committed),
-            grouped(answers.wrong() + answers.refused + answers.turned_away),
+            grouped(answers.not_done()),
+            grouped(answers.refused),
         ] {
             let _ = write!(page, "<td class=\"n\">{figure}</td>");
         }

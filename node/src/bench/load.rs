@@ -1,11 +1,15 @@
 //! The load: trades sent by unary clients, on streams with a window (closed loop), or at a given rate (open loop).
 //!
+//! In a closed loop a batch that is refused is sent again after a while, under the same id, and holds its client or its place in the
+//! window until it is answered otherwise. Its latency counts from the first time. When the load is told to stop, what was begun is
+//! finished in the same way. In an open loop what is refused is given up.
+//!
 //! All of it runs on one thread of its own, so that it wakes nobody and shares no lock that anybody waits for. In an open loop a
 //! trade's latency counts from when it was to be sent, not from when there was room to send it: what waits because the cluster
 //! is slow is not forgotten (coordinated omission).
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard,
@@ -18,20 +22,26 @@ use std::{
 
 use anyhow::Context as _;
 use futures::{Stream, StreamExt as _, future::join_all};
-use tokio::sync::{oneshot, watch};
+use tokio::{
+    sync::{oneshot, watch},
+    time::{MissedTickBehavior, interval},
+};
 use tonic::{client::Grpc, transport::Channel};
+use uuid::Uuid;
 use verdict_proto::connect::{Connect as _, Tcp};
 
 use super::{
     tally::{End, Tally},
-    trade::{Form, Maker, Mix, Order, Orders, Population, SEQUENCE_END, Trade},
+    trade::{Form, Maker, Mix, Order, Orders, Population, SEQUENCE_END, Trade, sequence_of},
     wire::{self, Answer, Said},
 };
 
 /// An answer that takes longer than this is lost. The servers answer "unknown" sooner.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-/// A unary client that was refused waits so long.
-const REFUSED_PAUSE: Duration = Duration::from_millis(5);
+/// A unary client to whom something went wrong waits so long: going round in circles makes it no better.
+const WRONG_PAUSE: Duration = Duration::from_millis(20);
+/// In a closed loop it is looked so often whether something is to be sent again.
+const AGAIN_TICK: Duration = Duration::from_millis(5);
 /// Unary clients share connections, so many each, as those of one service do.
 const CLIENTS_PER_CONNECTION: usize = 64;
 /// In an open loop the streams are looked at so often.
@@ -111,7 +121,7 @@ impl Load {
         &self.tally
     }
 
-    /// Sends no new trades, and waits for the answers to those that were sent.
+    /// Sends no new trades, and waits for the ends of those that were begun.
     pub async fn stop(self) -> anyhow::Result<Arc<Tally>> {
         self.stop.send_replace(true);
         self.failed.await.context("the load's thread has ended without a word")??;
@@ -161,6 +171,13 @@ async fn all(tasks: Vec<tokio::task::JoinHandle<anyhow::Result<()>>>) -> anyhow:
     Ok(())
 }
 
+/// Waits until the load is told to stop, and then for as long as an answer may take.
+async fn patience(mut stop: watch::Receiver<bool>) {
+    // A sender that is gone means the same.
+    let _ = stop.wait_for(|stop| *stop).await;
+    tokio::time::sleep(ANSWER_TIMEOUT).await;
+}
+
 /// One client, with one call at a time.
 async fn unary(
     plan: Plan,
@@ -169,33 +186,51 @@ async fn unary(
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let mut maker = plan.maker();
+    let patience = patience(stop.clone());
+    tokio::pin!(patience);
     for sequence in 0..SEQUENCE_END {
         if *stop.borrow() {
             break;
         }
         let trade = maker.make(sequence);
         let began = Instant::now();
-        let mut end = End::Committed;
-        for order in trade.orders(plan.form, plan.population.placement) {
-            let answer = tokio::time::timeout(ANSWER_TIMEOUT, wire::submit(&mut connection, order)).await;
-            end = worse(end, answer.map_or(End::Lost, end_of));
-        }
-        let was_refused = end == End::Refused;
+        let end = tokio::select! {
+            end = settle(&trade, &plan, &mut connection, &tally) => end,
+            () = &mut patience => End::Lost,
+        };
         let was_committed = end == End::Committed;
         tally.ended(&trade, began, Instant::now(), end);
         if !was_committed {
-            // Whatever went wrong, going round in circles makes it no better.
-            let pause = if was_refused { REFUSED_PAUSE } else { REFUSED_PAUSE * 4 };
-            tokio::time::sleep(pause).await;
+            tokio::time::sleep(WRONG_PAUSE).await;
         }
     }
     Ok(())
 }
 
+/// Sends the orders of a trade one after the other.
+async fn settle(trade: &Trade, plan: &Plan, connection: &mut Grpc<Channel>, tally: &Tally) -> End {
+    let mut end = End::Committed;
+    for order in trade.orders(plan.form, plan.population.placement) {
+        end = worse(end, submit(order, connection, tally).await);
+    }
+    end
+}
+
+/// Sends an order until it is not refused.
+async fn submit(order: Order, connection: &mut Grpc<Channel>, tally: &Tally) -> End {
+    loop {
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, wire::submit(connection, order)).await;
+        let Ok(said) = answer else { return End::Lost };
+        let Said::Refused { retry_after } = said else { return end_of(said) };
+        tally.refused();
+        tokio::time::sleep(retry_after).await;
+    }
+}
+
 fn end_of(said: Said) -> End {
     match said {
         Said::Committed => End::Committed,
-        Said::Refused => End::Refused,
+        Said::Refused { .. } => End::Refused,
         Said::Other(what) => End::Other(what),
     }
 }
@@ -226,9 +261,12 @@ struct State {
     form: Form,
     population: Population,
     window: usize,
+    /// None: it is a closed loop.
     pace: Option<Pace>,
     /// What is left to be sent of the newest trade.
     orders: Option<Orders>,
+    /// Refused orders, by when they are to be sent again.
+    again: BTreeMap<(Instant, Uuid), Order>,
     /// The number of the first trade in `slots`.
     base: u32,
     /// Trades without an answer, and those with one that are newer than the first of them.
@@ -286,6 +324,7 @@ impl Lane {
             window: window.max(1),
             pace,
             orders: None,
+            again: BTreeMap::new(),
             base: 0,
             slots: VecDeque::new(),
             in_flight: 0,
@@ -301,6 +340,7 @@ impl Lane {
         mut connection: Grpc<Channel>,
         mut stop: watch::Receiver<bool>,
     ) -> anyhow::Result<()> {
+        let patience = patience(stop.clone());
         let orders = Outgoing { lane: self.clone() };
         let mut answers =
             wire::submit_stream(&mut connection, orders).await.context("open a stream to the node")?;
@@ -308,7 +348,7 @@ impl Lane {
             // A sender that is gone means the same.
             let _ = stop.wait_for(|stop| *stop).await;
             self.stop();
-            tokio::time::sleep(ANSWER_TIMEOUT).await;
+            patience.await;
         };
         let reading = async {
             while let Some(answer) = answers.next().await {
@@ -319,37 +359,32 @@ impl Lane {
         let read = tokio::select! {
             () = stopped => Ok(()),
             read = reading => read,
+            () = self.wake_when_due() => unreachable!("it goes on for ever"),
         };
         self.give_up();
         read
     }
 
-    fn take(&self, Answer { sequence, said }: Answer) {
+    /// Wakes the stream when something is to be sent again.
+    async fn wake_when_due(&self) {
+        let mut ticks = interval(AGAIN_TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        loop {
+            ticks.tick().await;
+            let first = self.lock().again.keys().next().map(|(due, _)| *due);
+            if first.is_some_and(|due| due <= Instant::now()) {
+                self.wake();
+            }
+        }
+    }
+
+    fn take(&self, Answer { id, said }: Answer) {
         let now = Instant::now();
+        if let Said::Refused { .. } = said {
+            self.tally.refused();
+        }
         let mut state = self.lock();
-        let place =
-            sequence.and_then(|sequence| sequence.checked_sub(state.base)).map(|place| place as usize);
-        let Some(slot) = place.and_then(|place| state.slots.get_mut(place)).filter(|slot| slot.left > 0)
-        else {
-            debug_assert!(false, "an answer to what was not asked");
-            return;
-        };
-        slot.left -= 1;
-        let end = end_of(said);
-        let end = match slot.end.take() {
-            None => end,
-            Some(before) => worse(before, end),
-        };
-        if slot.left > 0 {
-            slot.end = Some(end);
-            return;
-        }
-        let (trade, intended) = (slot.trade, slot.intended);
-        while state.slots.front().is_some_and(|slot| slot.left == 0) {
-            state.slots.pop_front();
-            state.base += 1;
-        }
-        state.in_flight -= 1;
+        let Some((trade, intended, end)) = state.take(id, said, now) else { return };
         let waker = state.waker.take();
         drop(state);
         self.tally.ended(&trade, intended, now, end);
@@ -374,6 +409,7 @@ impl Lane {
     /// What has no answer will get none.
     fn give_up(&self) {
         let mut state = self.lock();
+        state.again.clear();
         let lost: Vec<Slot> = state.slots.drain(..).filter(|slot| slot.left > 0).collect();
         drop(state);
         for slot in lost {
@@ -387,15 +423,59 @@ impl Lane {
 }
 
 impl State {
+    /// Takes in what was said about a batch. If its trade has ended with it: when it was to be sent, and how it ended.
+    fn take(&mut self, id: Option<Uuid>, said: Said, now: Instant) -> Option<(Trade, Instant, End)> {
+        let place = id.and_then(|id| sequence_of(id).checked_sub(self.base)).map(|place| place as usize);
+        let slot = place.and_then(|place| self.slots.get_mut(place)).filter(|slot| slot.left > 0);
+        let Some((slot, id)) = slot.zip(id) else {
+            debug_assert!(false, "an answer to what was not asked");
+            return None;
+        };
+        if let (Said::Refused { retry_after }, None) = (&said, &self.pace)
+            && let Some(order) = slot.trade.order(id, self.form, self.population.placement)
+        {
+            self.again.insert((now + *retry_after, id), order);
+            return None;
+        }
+        slot.left -= 1;
+        let end = end_of(said);
+        let end = match slot.end.take() {
+            None => end,
+            Some(before) => worse(before, end),
+        };
+        if slot.left > 0 {
+            slot.end = Some(end);
+            return None;
+        }
+        let (trade, intended) = (slot.trade, slot.intended);
+        while self.slots.front().is_some_and(|slot| slot.left == 0) {
+            self.slots.pop_front();
+            self.base += 1;
+        }
+        self.in_flight -= 1;
+        Some((trade, intended, end))
+    }
+
+    /// A refused order whose time has come.
+    fn due(&mut self, now: impl Fn() -> Instant) -> Option<Order> {
+        let first = self.again.first_entry()?;
+        (first.key().0 <= now()).then(|| first.remove())
+    }
+
     /// The next order, if one is to be sent now. `now` is asked for only if it is needed.
     fn next(&mut self, tally: &Tally, now: impl Fn() -> Instant) -> Poll<Option<Order>> {
         loop {
             if let Some(order) = self.orders.as_mut().and_then(Iterator::next) {
                 return Poll::Ready(Some(order));
             }
+            if let Some(order) = self.due(&now) {
+                return Poll::Ready(Some(order));
+            }
             let sequence = self.base + self.slots.len() as u32;
             if self.is_stopping || sequence == SEQUENCE_END {
-                return Poll::Ready(None);
+                // In a closed loop what is in flight may have to be sent again.
+                let is_over = self.pace.is_some() || self.in_flight == 0;
+                return if is_over { Poll::Ready(None) } else { Poll::Pending };
             }
             let has_room = self.in_flight < self.window;
             let intended = match &mut self.pace {
@@ -477,6 +557,9 @@ mod tests {
     use super::*;
     use crate::bench::tally::{Counts, Ledger};
 
+    const RETRY_AFTER: Duration = Duration::from_secs(100);
+    const REFUSED: Said = Said::Refused { retry_after: RETRY_AFTER };
+
     fn plan(senders: Senders, form: Form) -> Plan {
         let population = Population { users: 100, placement: Placement { shards: 4 } };
         Plan { senders, mix: Mix::Uniform, form, has_fee: false, population }
@@ -498,7 +581,7 @@ mod tests {
         }
 
         fn answer(&self, order: &Order, said: Said) {
-            self.take(Answer { sequence: Some(order.trade.sequence), said });
+            self.take(Answer { id: Some(order.id), said });
         }
     }
 
@@ -511,17 +594,48 @@ mod tests {
         assert!(lane.sent_at(now).is_empty());
         // Out of order.
         lane.answer(&first[2], Said::Committed);
-        lane.answer(&first[0], Said::Refused);
+        lane.answer(&first[0], Said::Committed);
         let next = lane.sent_at(now);
         assert_eq!(next.len(), 2);
         lane.answer(&first[1], Said::Other("x".into()));
         next.iter().for_each(|order| lane.answer(order, Said::Committed));
-        let expected =
-            Counts { committed: 3, refused: 1, others: [("x".to_owned(), 1)].into(), ..Counts::default() };
+        let expected = Counts { committed: 4, others: [("x".to_owned(), 1)].into(), ..Counts::default() };
         assert_eq!(lane.tally.counts(), expected);
         assert!(lane.lock().slots.is_empty());
         lane.lock().is_stopping = true;
         assert!(lane.sent_at(now).is_empty());
+    }
+
+    #[test]
+    fn in_a_closed_loop_a_refused_trade_holds_its_place_and_comes_again() {
+        let lane = lane(Senders::Streams { count: 1, window: 1 }, Form::Atomic);
+        lane.tally.begin_measuring();
+        let order = lane.sent_at(Instant::now()).remove(0);
+        lane.answer(&order, REFUSED);
+        assert!(lane.sent_at(Instant::now()).is_empty(), "too early, and no other one takes its place");
+        // The load ends meanwhile.
+        lane.lock().is_stopping = true;
+        let next = |now: Instant| lane.lock().next(&lane.tally, || now);
+        assert!(next(Instant::now()).is_pending());
+        let again = lane.sent_at(Instant::now() + RETRY_AFTER);
+        assert_eq!(again.iter().map(|order| order.id).collect::<Vec<_>>(), [order.id]);
+        thread::sleep(Duration::from_millis(3));
+        lane.answer(&again[0], Said::Committed);
+        let expected = Counts { committed: 1, refused: 1, ..Counts::default() };
+        assert_eq!((lane.tally.counts(), lane.tally.counts().not_done()), (expected, 0));
+        assert!(lane.tally.end_measuring().latency.max() >= 3000, "it counts from the first time");
+        assert!(matches!(next(Instant::now()), Poll::Ready(None)));
+    }
+
+    #[test]
+    fn in_an_open_loop_a_refused_trade_is_given_up() {
+        let lane = lane(Senders::Open { count: 1, per_second: 1000.0, patience: None }, Form::Atomic);
+        let began = lane.lock().pace.as_ref().unwrap().began;
+        let order = lane.sent_at(began).remove(0);
+        lane.answer(&order, REFUSED);
+        assert!(lane.lock().again.is_empty() && lane.lock().slots.is_empty());
+        let expected = Counts { refused: 1, given_up: 1, ..Counts::default() };
+        assert_eq!((lane.tally.counts(), lane.tally.counts().not_done()), (expected, 1));
     }
 
     #[test]
@@ -536,9 +650,15 @@ mod tests {
         }
         assert_eq!(lane.tally.committed(), 1);
         let orders = lane.sent_at(Instant::now());
-        lane.answer(&orders[0], Said::Refused);
+        lane.answer(&orders[0], REFUSED);
         orders[1..].iter().for_each(|order| lane.answer(order, Said::Committed));
-        assert_eq!(lane.tally.counts().others.keys().collect::<Vec<_>>(), ["refused in part"]);
+        assert_eq!(lane.tally.committed(), 1);
+        // The part that was refused comes again, and no other.
+        let again = lane.sent_at(Instant::now() + RETRY_AFTER);
+        assert_eq!(again.iter().map(|order| order.id).collect::<Vec<_>>(), [orders[0].id]);
+        assert_eq!(again[0].batch(), orders[0].batch());
+        lane.answer(&again[0], Said::Committed);
+        assert_eq!((lane.tally.committed(), lane.tally.counts().wrong()), (2, 0));
     }
 
     #[test]

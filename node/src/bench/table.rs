@@ -49,7 +49,6 @@ fn show_speed(text: &mut String, report: &Report) {
     let head = ["case", "trades/s", "spread", "p50 ms", "p99 ms", "p99.9 ms", "max ms", "not done"];
     let lines = report.cases.iter().map(|case| {
         let rate = case.trades_per_second;
-        let not_done = case.answers.wrong() + case.answers.refused + case.answers.turned_away;
         [
             case.case.clone(),
             format!("{:.0}", rate.median),
@@ -58,7 +57,7 @@ fn show_speed(text: &mut String, report: &Report) {
             milliseconds(case.p99_ms),
             milliseconds(case.p999_ms),
             milliseconds(case.max_ms),
-            not_done.to_string(),
+            case.answers.not_done().to_string(),
         ]
     });
     *text += &aligned(head, lines.collect());
@@ -120,7 +119,7 @@ fn show_more(text: &mut String, report: &Report) {
     }
 }
 
-/// What was answered other than COMMITTED.
+/// What was answered other than COMMITTED, in the end or at first.
 fn show_answers(text: &mut String, case: &CaseReport) {
     let answers = &case.answers;
     let mut told: Vec<String> =

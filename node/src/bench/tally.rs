@@ -26,7 +26,7 @@ const SAMPLE_MAX: usize = 500;
 pub enum End {
     /// Committed, all of it.
     Committed,
-    /// Refused at the door: nothing of it was proposed.
+    /// Refused, and not sent again: nothing of it was proposed.
     Refused,
     /// Anything else, in a word or two. Parts of it may have been committed if it was sent in parts.
     Other(String),
@@ -69,8 +69,10 @@ pub struct Measured {
 pub struct Counts {
     /// Committed.
     pub committed: u64,
-    /// Refused with RESOURCE_EXHAUSTED.
+    /// Tries that were refused with RESOURCE_EXHAUSTED. In a closed loop the same batch is sent again.
     pub refused: u64,
+    /// Trades that ended with a refusal: in an open loop all that were refused.
+    pub given_up: u64,
     /// Not sent, since there was no room on the stream (open loop with a limit on waiting).
     pub turned_away: u64,
     /// Without an answer when the load ended.
@@ -84,6 +86,7 @@ impl Counts {
     pub fn add(&mut self, other: &Counts) {
         self.committed += other.committed;
         self.refused += other.refused;
+        self.given_up += other.given_up;
         self.turned_away += other.turned_away;
         self.lost += other.lost;
         for (what, count) in &other.others {
@@ -94,6 +97,11 @@ impl Counts {
     /// How many were neither committed nor refused, nor held back.
     pub fn wrong(&self) -> u64 {
         self.lost + self.others.values().sum::<u64>()
+    }
+
+    /// How many were not committed.
+    pub fn not_done(&self) -> u64 {
+        self.wrong() + self.given_up + self.turned_away
     }
 }
 
@@ -177,10 +185,15 @@ impl Tally {
                 }
                 inner.keep(trade);
             }
-            End::Refused => counts.refused += 1,
+            End::Refused => counts.given_up += 1,
             End::Lost => counts.lost += 1,
             End::Other(what) => *counts.others.entry(what).or_default() += 1,
         }
+    }
+
+    /// Counts a try that was refused.
+    pub fn refused(&self) {
+        self.lock().counts.refused += 1;
     }
 
     /// Counts a trade that was not sent.
@@ -297,7 +310,7 @@ mod tests {
         near(0.99, 99);
         near(1.0, 100);
         assert_eq!(measured.series.iter().sum::<u32>(), 100);
-        let expected = Counts { committed: 102, refused: 1, ..Counts::default() };
+        let expected = Counts { committed: 102, given_up: 1, ..Counts::default() };
         assert_eq!((tally.counts(), tally.committed()), (expected, 102));
     }
 

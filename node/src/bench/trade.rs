@@ -225,6 +225,12 @@ impl Trade {
         Orders { trade: *self, placement, shards, count, next: 0 }
     }
 
+    /// The one of its orders that was sent under this id, to be sent again.
+    pub fn order(&self, id: Uuid, form: Form, placement: Placement) -> Option<Order> {
+        let order = self.orders(form, placement).nth(part_of(id))?;
+        Some(Order { id, ..order })
+    }
+
     /// The shards that it touches, in order.
     pub fn shards(&self, placement: Placement) -> Vec<ShardId> {
         let (operations, count) = self.operations();
@@ -313,10 +319,14 @@ fn id(nonce: u32, sequence: u32, part: u32) -> Uuid {
     Uuid::from_u64_pair(high, low)
 }
 
-/// The number of the trade that an id was made for, from the id's text.
-pub fn sequence_of(id: &[u8]) -> Option<u32> {
-    let tail = std::str::from_utf8(id.get(28..36)?).ok()?;
-    Some(u32::from_str_radix(tail, 16).ok()? >> PART_BITS)
+/// The number of the trade that an id was made for.
+pub fn sequence_of(id: Uuid) -> u32 {
+    id.as_u64_pair().1 as u32 >> PART_BITS
+}
+
+/// Which part of the trade it was made for.
+fn part_of(id: Uuid) -> usize {
+    (id.as_u64_pair().1 & ((1 << PART_BITS) - 1)) as usize
 }
 
 impl Order {
@@ -500,7 +510,9 @@ mod tests {
                     assert_eq!(bytes, same.encode_to_vec(), "not the shortest form");
                     let batch = verdict_proto::convert::batch_from_wire(order.batch()).unwrap();
                     batch.check(&BatchLimits::default(), people.placement).unwrap();
-                    assert_eq!(sequence_of(order.batch().id.as_bytes()), Some(sequence));
+                    assert_eq!(sequence_of(order.id), sequence);
+                    let again = order.trade.order(order.id, form, people.placement).unwrap();
+                    assert_eq!(again.batch(), order.batch());
                 }
             }
         }

@@ -1,6 +1,8 @@
 //! How the load talks to a node: orders are written straight into the connection's buffer, and of an answer that says COMMITTED
 //! nothing is decoded but the id. Any other answer is decoded as a whole.
 
+use std::time::Duration;
+
 use prost::Message as _;
 use tonic::{
     Code, Request, Status, Streaming,
@@ -9,11 +11,13 @@ use tonic::{
     codegen::http::uri::PathAndQuery,
     transport::Channel,
 };
+use tonic_types::StatusExt as _;
+use uuid::Uuid;
 use verdict_proto::v1::{
     CallError, Outcome, SubmitResponse, SubmitStreamResponse, outcome, submit_stream_response,
 };
 
-use super::trade::{Order, sequence_of};
+use super::trade::Order;
 
 use bytes::{Buf as _, BufMut as _};
 
@@ -21,14 +25,19 @@ const SUBMIT: PathAndQuery = PathAndQuery::from_static("/verdict.v1.Settlement/S
 const SUBMIT_STREAM: PathAndQuery = PathAndQuery::from_static("/verdict.v1.Settlement/SubmitStream");
 /// A canonical UUID takes so many bytes.
 const ID_BYTES: u8 = 36;
+/// When to try again after a refusal that doesn't say it.
+const RETRY_DEFAULT: Duration = Duration::from_millis(20);
 
 /// What was said about one batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Said {
     /// It is committed.
     Committed,
-    /// Nothing was proposed: there is too much in flight.
-    Refused,
+    /// This try was not proposed: there is too much in flight. The same batch may come again.
+    Refused {
+        /// When, as the server advises.
+        retry_after: Duration,
+    },
     /// Anything else, in a word or two.
     Other(String),
 }
@@ -36,8 +45,8 @@ pub enum Said {
 /// The answer to one batch of a stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// The number of the trade, from the batch's id.
-    pub sequence: Option<u32>,
+    /// The batch's id.
+    pub id: Option<Uuid>,
     /// What was said.
     pub said: Said,
 }
@@ -49,7 +58,7 @@ pub async fn submit(grpc: &mut Grpc<Channel>, order: Order) -> Said {
     }
     match grpc.unary(Request::new(order), SUBMIT, Wire(of_unary)).await {
         Ok(response) => response.into_inner(),
-        Err(status) => said_by(status.code()),
+        Err(status) => said_by_status(&status),
     }
 }
 
@@ -123,15 +132,18 @@ fn of_stream(bytes: &[u8]) -> Result<Answer, prost::DecodeError> {
     // The batch's id comes first, then the outcome, with the id again.
     let outcome_at = 2 + usize::from(ID_BYTES);
     if let Some(id) = committed_id(bytes, outcome_at) {
-        return Ok(Answer { sequence: sequence_of(id), said: Said::Committed });
+        return Ok(Answer { id: Uuid::try_parse_ascii(id).ok(), said: Said::Committed });
     }
     let answer = SubmitStreamResponse::decode(bytes)?;
     let said = match answer.result {
         Some(submit_stream_response::Result::Outcome(outcome)) => said_in(outcome),
-        Some(submit_stream_response::Result::Error(CallError { code, .. })) => said_by(Code::from_i32(code)),
+        Some(submit_stream_response::Result::Error(CallError { code, retry_after_ms, .. })) => {
+            let retry_after = Duration::from_millis(u64::from(retry_after_ms));
+            said_by_code(Code::from_i32(code), Some(retry_after).filter(|after| !after.is_zero()))
+        }
         None => Said::Other("no outcome".into()),
     };
-    Ok(Answer { sequence: sequence_of(answer.batch_id.as_bytes()), said })
+    Ok(Answer { id: Uuid::try_parse(&answer.batch_id).ok(), said })
 }
 
 /// The id in the outcome that stands at this place, if it says COMMITTED and has the usual form.
@@ -155,15 +167,25 @@ fn said_in(outcome: Outcome) -> Said {
     }
 }
 
-fn said_by(code: Code) -> Said {
+fn said_by_status(status: &Status) -> Said {
+    let details = status.get_error_details();
+    // Broken connections make statuses too: only those with details are a node's own word.
+    if details.error_info().is_none() && details.retry_info().is_none() {
+        return Said::Other(format!("{:?}", status.code()));
+    }
+    said_by_code(status.code(), details.retry_info().and_then(|info| info.retry_delay))
+}
+
+fn said_by_code(code: Code, retry_after: Option<Duration>) -> Said {
     match code {
-        Code::ResourceExhausted => Said::Refused,
+        Code::ResourceExhausted => Said::Refused { retry_after: retry_after.unwrap_or(RETRY_DEFAULT) },
         other => Said::Other(format!("{other:?}")),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tonic_types::ErrorDetails;
     use verdict_proto::v1::{AbortReason, Aborted, Committed, Undecided};
 
     use super::*;
@@ -187,7 +209,7 @@ mod tests {
     fn the_short_way_says_what_the_long_way_says() {
         for stamp in [0, 1, 300, u64::MAX] {
             let answer = in_stream(submit_stream_response::Result::Outcome(committed(stamp)));
-            assert_eq!(answer, Answer { sequence: Some(5), said: Said::Committed });
+            assert_eq!(answer, Answer { id: ID.parse().ok(), said: Said::Committed });
             let unary = SubmitResponse { outcome: Some(committed(stamp)) };
             assert_eq!(of_unary(&unary.encode_to_vec()).unwrap(), Said::Committed);
         }
@@ -209,10 +231,25 @@ mod tests {
             let unary = SubmitResponse { outcome: Some(outcome.clone()) };
             assert_eq!(of_unary(&unary.encode_to_vec()).unwrap(), Said::Other(expected.into()));
             let answer = in_stream(submit_stream_response::Result::Outcome(outcome));
-            assert_eq!(answer, Answer { sequence: Some(5), said: Said::Other(expected.into()) });
+            assert_eq!(answer, Answer { id: ID.parse().ok(), said: Said::Other(expected.into()) });
         }
-        let refused = CallError { code: Code::ResourceExhausted as i32, ..CallError::default() };
-        assert_eq!(in_stream(submit_stream_response::Result::Error(refused)).said, Said::Refused);
         assert!(of_stream(&[0xff; 3]).is_err());
+    }
+
+    #[test]
+    fn a_refusal_says_when_to_come_again() {
+        for (retry_after_ms, expected) in [(200, Duration::from_millis(200)), (0, RETRY_DEFAULT)] {
+            let code = Code::ResourceExhausted as i32;
+            let refused = CallError { code, retry_after_ms, ..CallError::default() };
+            let said = in_stream(submit_stream_response::Result::Error(refused)).said;
+            assert_eq!(said, Said::Refused { retry_after: expected });
+        }
+        let hint = Duration::from_millis(200);
+        let details = ErrorDetails::with_retry_info(Some(hint));
+        let status = Status::with_error_details(Code::ResourceExhausted, "full", details);
+        assert_eq!(said_by_status(&status), Said::Refused { retry_after: hint });
+        // Perhaps the connection's word, and the batch is on its way.
+        let status = Status::resource_exhausted("calm down");
+        assert_eq!(said_by_status(&status), Said::Other("ResourceExhausted".into()));
     }
 }
