@@ -194,6 +194,11 @@ impl Case {
         }
     }
 
+    /// Whether each batch has rows of one shard only. (A fee is mostly on another one.)
+    pub fn is_on_one_shard(&self, has_fee: bool) -> bool {
+        self.form() == Form::Independent || (self.users() == Users::OneShard && !has_fee)
+    }
+
     /// In one batch or in several.
     pub fn form(&self) -> Form {
         match self.kind {
@@ -245,6 +250,13 @@ mod tests {
         assert_eq!(Case::parse("accounts-10m").unwrap().accounts, Some(10_000_000));
         assert_eq!(Case::parse("shards-16").unwrap().shards, Some(16));
         assert_eq!(Case::parse("open-20k").unwrap().kind, Kind::Open { per_second: 20_000 });
+    }
+
+    #[test]
+    fn batches_on_one_shard_are_known() {
+        let is_on_one_shard = |name: &str, has_fee| Case::parse(name).unwrap().is_on_one_shard(has_fee);
+        assert!(is_on_one_shard("one-shard", false) && !is_on_one_shard("one-shard", true));
+        assert!(is_on_one_shard("independent", true) && !is_on_one_shard("unary-1", false));
     }
 
     #[test]

@@ -1,8 +1,11 @@
-//! The floor: what the machine itself needs for the two synced rounds and the round trips of one batch.
+//! The floor: what the machine itself needs for the synced rounds and the round trips of one batch.
 //!
 //! A batch that is alone is on its way for four round trips: client and coordinator, coordinator and shard, and in each of the two
 //! groups the leader and a follower. On two of them something is synced to disk, first the vote, then the decision. What the
 //! leader of a group syncs meanwhile takes no time of its own.
+//!
+//! A batch on one shard is committed by that shard, and the coordinators record it in passing. So the round of their group falls away: one
+//! synced round, and three round trips.
 
 use std::{
     fs::File,
@@ -33,6 +36,10 @@ const REPLICAS: usize = 3;
 pub const SYNCED_ROUNDS: f64 = 2.0;
 /// Its round trips.
 pub const ROUND_TRIPS: f64 = 4.0;
+/// The rounds of a batch on one shard.
+pub const ONE_SHARD_SYNCED_ROUNDS: f64 = 1.0;
+/// Its round trips.
+pub const ONE_SHARD_ROUND_TRIPS: f64 = 3.0;
 
 /// The floor, in milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -49,6 +56,12 @@ pub struct Floor {
     pub round_trips: f64,
     /// What they take together.
     pub floor_ms: f64,
+    /// The same of a batch on one shard: synced rounds...
+    pub one_shard_synced_rounds: f64,
+    /// ...round trips...
+    pub one_shard_round_trips: f64,
+    /// ...and together.
+    pub one_shard_floor_ms: f64,
 }
 
 impl Floor {
@@ -60,7 +73,15 @@ impl Floor {
             synced_rounds: SYNCED_ROUNDS,
             round_trips: ROUND_TRIPS,
             floor_ms: SYNCED_ROUNDS * sync_ms + ROUND_TRIPS * round_trip_ms,
+            one_shard_synced_rounds: ONE_SHARD_SYNCED_ROUNDS,
+            one_shard_round_trips: ONE_SHARD_ROUND_TRIPS,
+            one_shard_floor_ms: ONE_SHARD_SYNCED_ROUNDS * sync_ms + ONE_SHARD_ROUND_TRIPS * round_trip_ms,
         }
+    }
+
+    /// That of a batch on several shards, or on one.
+    pub fn of(&self, is_on_one_shard: bool) -> f64 {
+        if is_on_one_shard { self.one_shard_floor_ms } else { self.floor_ms }
     }
 
     /// Measures it: on the disk of a folder, and with a node that has nothing else to do.
@@ -134,9 +155,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_floor_is_two_syncs_and_four_round_trips() {
+    fn the_floor_is_two_syncs_and_four_round_trips_and_on_one_shard_less() {
         let floor = Floor::new(0.2, 0.35, 0.1);
-        assert!((floor.floor_ms - 0.8).abs() < 1e-9, "{floor:?}");
+        assert!((floor.of(false) - 0.8).abs() < 1e-9, "{floor:?}");
+        assert!((floor.of(true) - 0.5).abs() < 1e-9, "{floor:?}");
     }
 
     #[test]

@@ -55,6 +55,7 @@ fn write_head(page: &mut String, report: &Report) {
         .max_by(|one, other| one.trades_per_second.median.total_cmp(&other.trades_per_second.median));
     let mut tiles = vec![
         (format!("{:.2} ms", floor.floor_ms), "floor: two synced rounds, four round trips"),
+        (format!("{:.2} ms", floor.one_shard_floor_ms), "floor of one shard: one round, three round trips"),
         (format!("{:.0} us", floor.fdatasync_p50_ms * 1000.0), "fdatasync of 4 KiB, p50"),
         (format!("{:.0} us", floor.round_trip_p50_ms * 1000.0), "round trip, p50"),
     ];
@@ -144,10 +145,10 @@ fn write_table(page: &mut String, report: &Report) {
             known(case.syncs_per_trade, 3),
             known(case.bytes_written_per_trade, 0),
             known(case.messages_per_trade, 3),
-            if case.p50_by_floor.is_finite() {
-                format!("{:.1}", case.p50_by_floor)
-            } else {
-                "–".to_owned()
+            match case.p50_by_floor {
+                by_floor if !by_floor.is_finite() => "–".to_owned(),
+                by_floor if case.is_on_one_shard => format!("{by_floor:.1} (one shard)"),
+                by_floor => format!("{by_floor:.1}"),
             },
             grouped(answers.committed),
             grouped(answers.not_done()),

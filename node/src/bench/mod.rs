@@ -345,6 +345,7 @@ async fn bench(args: &BenchArgs, cases: &[Case], folder: &Path, screen: &Screen)
                 about: about(&cases[place]),
                 shards: cluster.shards,
                 accounts,
+                is_on_one_shard: cases[place].is_on_one_shard(settings.fee),
                 ..CaseReport::default()
             };
             done.insert(place, case.with_rounds(rounds, &report.floor));

@@ -123,6 +123,8 @@ pub struct CaseReport {
     pub p999_ms: f64,
     /// The longest of all rounds.
     pub max_ms: f64,
+    /// Whether each batch has rows of one shard only: its floor is lower.
+    pub is_on_one_shard: bool,
     /// `p50_ms` by the floor of the same run.
     pub p50_by_floor: f64,
     /// Processor time of all nodes for each committed trade, in microseconds (median of the rounds).
@@ -321,7 +323,7 @@ impl CaseReport {
         self.p99_ms = spread(|round| round.p99_ms).median;
         self.p999_ms = spread(|round| round.p999_ms).median;
         self.max_ms = spread(|round| round.max_ms).max;
-        self.p50_by_floor = self.p50_ms / floor.floor_ms;
+        self.p50_by_floor = self.p50_ms / floor.of(self.is_on_one_shard);
         self.cpu_us_per_trade = median(Round::cpu_us_per_trade);
         let nodes = rounds.iter().flat_map(|round| round.cpu_us_per_trade_by_node.keys().copied());
         for node in nodes.collect::<std::collections::BTreeSet<u64>>() {
@@ -429,5 +431,15 @@ pub(super) mod tests {
             assert!(case[name].is_number(), "{name} in {case}");
         }
         assert!(json["machine"].is_object() && json["floor"]["floor_ms"].is_number());
+    }
+
+    #[test]
+    fn each_case_has_its_own_floor() {
+        let floor = Floor { floor_ms: 4.0, one_shard_floor_ms: 2.0, ..Floor::default() };
+        let by_floor = |is_on_one_shard| {
+            let case = CaseReport { is_on_one_shard, ..CaseReport::default() };
+            case.with_rounds(vec![Round { p50_ms: 6.0, ..Round::default() }], &floor).p50_by_floor
+        };
+        assert_eq!((by_floor(false), by_floor(true)), (1.5, 3.0));
     }
 }

@@ -29,6 +29,11 @@ pub fn show(report: &Report) -> String {
         floor.round_trips,
         floor.round_trip_p50_ms
     );
+    let _ = writeln!(
+        text,
+        "floor of one shard {:.2} ms: {:.0} synced round and {:.0} round trips",
+        floor.one_shard_floor_ms, floor.one_shard_synced_rounds, floor.one_shard_round_trips
+    );
     let rounds = if settings.repeat == 1 { "round" } else { "rounds" };
     let _ = writeln!(
         text,
@@ -84,6 +89,11 @@ fn show_cost(text: &mut String, report: &Report) {
     text.push('\n');
     *text += &aligned(head, lines.collect());
     *text += "CPU: all nodes together; client: the load generator. MiB: the largest node.\n";
+    let on_one_shard = report.cases.iter().filter(|case| case.is_on_one_shard);
+    let on_one_shard: Vec<&str> = on_one_shard.map(|case| &*case.case).collect();
+    if !on_one_shard.is_empty() {
+        let _ = writeln!(text, "p50/floor of one shard: {}.", on_one_shard.join(", "));
+    }
 }
 
 fn show_more(text: &mut String, report: &Report) {
