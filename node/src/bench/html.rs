@@ -181,8 +181,9 @@ fn write_over_time(page: &mut String, case: &CaseReport) {
     let first = case.rounds.first().map(|round| &round.trades_per_100_ms[..]).unwrap_or_default();
     let curves = vec![curve("first round".to_owned(), "one", first)];
     page::write_plot(page, &plot(format!("{} over time", case.case), curves));
-    if let Some(overload) = &case.overload {
-        let curves = vec![curve("from its end on".to_owned(), "one", &overload.trades_per_100_ms_after)];
+    if let Some(overload) = case.rounds.first().and_then(|round| round.overload.as_ref()) {
+        let curves =
+            vec![curve("first round, from its end on".to_owned(), "one", &overload.trades_per_100_ms_after)];
         page::write_plot(page, &plot("After the overload".to_owned(), curves));
     }
 }

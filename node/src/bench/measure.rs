@@ -11,7 +11,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use super::{
     case::{Case, Kind},
     load::{Load, Plan, Senders},
-    report::{FollowerReport, OverloadReport, Round, Snapshot},
+    report::{Counters, FollowerReport, OverloadReport, Round, Snapshot},
     screen::Screen,
     tally::{Counts, Ledger, SERIES_STEP, Tally},
     target::Target,
@@ -120,7 +120,7 @@ impl Bench<'_> {
         let tally = Arc::new(Tally::new(self.ledger.clone()));
         let load = Load::start(plan, &address, tally)?;
         self.watch(&load, warm_up, "warm-up").await;
-        let counters = self.target.counters().await;
+        let counters = self.counters(load.tally()).await;
         let before = Snapshot { counters, ..self.snapshot(load.tally())? };
         let began = Instant::now();
         load.tally().begin_measuring();
@@ -128,7 +128,7 @@ impl Bench<'_> {
         let measured = load.tally().end_measuring();
         let seconds = began.elapsed().as_secs_f64();
         let after = self.snapshot(load.tally())?;
-        let after = Snapshot { counters: self.target.counters().await, ..after };
+        let after = Snapshot { counters: self.counters(load.tally()).await, ..after };
         let round = Round::new(seconds, &before, &after, measured, Counts::default());
         Ok((load, round))
     }
@@ -137,6 +137,12 @@ impl Bench<'_> {
         let tally = load.stop().await.context("the load")?;
         self.sample.extend(tally.sample());
         Ok(tally.counts())
+    }
+
+    /// What the nodes count, and what was committed when they told it: asking them takes time, in which trades go on.
+    async fn counters(&self, tally: &Tally) -> Option<Counters> {
+        let (syncs, messages) = self.target.counters().await?;
+        Some(Counters { committed: tally.committed(), syncs, messages })
     }
 
     /// All that can be told without asking anybody.
@@ -192,9 +198,9 @@ impl Bench<'_> {
         let flooded = flooded.context("the overload")?;
         self.sample.extend(flooded.sample());
         let after = again.tally().end_measuring().series;
-        let mut answers = flooded.counts();
-        for counts in [self.stop(again).await?, peak.answers, half.answers] {
-            answers.add(&Counts { refused: 0, turned_away: 0, ..counts });
+        let (meanwhile, afterwards) = (flooded.counts(), self.stop(again).await?);
+        for counts in [&peak.answers, &half.answers, &meanwhile, &afterwards] {
+            round.answers.add(counts);
         }
         round.overload = Some(OverloadReport {
             peak_per_second: peak.trades_per_second,
@@ -206,8 +212,11 @@ impl Bench<'_> {
             p99_by_half_load: round.p99_ms / half.p99_ms,
             recovery_seconds: recovery(&after, peak.trades_per_second),
             trades_per_100_ms_after: after,
+            answers_at_peak: peak.answers,
+            answers_at_half_load: half.answers,
+            answers_meanwhile: meanwhile,
+            answers_afterwards: afterwards,
         });
-        round.answers = answers;
         Ok(round)
     }
 

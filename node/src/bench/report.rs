@@ -15,7 +15,7 @@ use super::{
 use crate::usage::Usage;
 
 /// The form of the JSON: changed when a field changes its meaning or goes.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// The report.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -143,12 +143,12 @@ pub struct CaseReport {
     pub resident_bytes: BTreeMap<u64, u64>,
     /// What became of all trades, those outside of the measured time too.
     pub answers: Counts,
-    /// What an overload did (the first round's).
+    /// What the overloads did.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub overload: Option<OverloadReport>,
-    /// What the loss of a follower did (the first round's).
+    pub overload: Option<OverloadSummary>,
+    /// What the loss of a follower did.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub follower: Option<FollowerReport>,
+    pub follower: Option<FollowerSummary>,
     /// Each round by itself.
     pub rounds: Vec<Round>,
 }
@@ -187,14 +187,14 @@ pub struct Round {
     /// Trades committed in each tenth of a second.
     pub trades_per_100_ms: Vec<u32>,
     /// What an overload did.
-    #[serde(skip)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub overload: Option<OverloadReport>,
     /// What the loss of a follower did.
-    #[serde(skip)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub follower: Option<FollowerReport>,
 }
 
-/// What an overload did.
+/// What an overload did, in one round.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct OverloadReport {
     /// Trades per second in a closed loop.
@@ -215,9 +215,32 @@ pub struct OverloadReport {
     pub recovery_seconds: Option<f64>,
     /// Trades committed in each tenth of a second, from the end of the overload on.
     pub trades_per_100_ms_after: Vec<u32>,
+    /// What became of the trades at the peak...
+    pub answers_at_peak: Counts,
+    /// ...at half load...
+    pub answers_at_half_load: Counts,
+    /// ...during the overload...
+    pub answers_meanwhile: Counts,
+    /// ...and from its end on.
+    pub answers_afterwards: Counts,
 }
 
-/// What the loss of a follower did.
+/// What the overloads of all rounds did: the figures of [`OverloadReport`].
+#[derive(Clone, Copy, Debug, Serialize)]
+#[allow(missing_docs)]
+pub struct OverloadSummary {
+    pub peak_per_second: Spread,
+    pub offered_per_second: Spread,
+    pub goodput_per_second: Spread,
+    pub goodput_by_peak: Spread,
+    pub p99_ms: Spread,
+    pub half_load_p99_ms: Spread,
+    pub p99_by_half_load: Spread,
+    /// None: in some round it didn't come.
+    pub recovery_seconds: Option<Spread>,
+}
+
+/// What the loss of a follower did, in one round.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct FollowerReport {
     /// Which node it was.
@@ -226,6 +249,17 @@ pub struct FollowerReport {
     pub whole_per_second: f64,
     /// The throughput without it, as a share of that.
     pub throughput_by_whole: f64,
+}
+
+/// What the loss of a follower did in all rounds.
+#[derive(Clone, Debug, Serialize)]
+pub struct FollowerSummary {
+    /// Which node it was, in each round.
+    pub nodes: Vec<u64>,
+    /// Trades per second before, with the same leaders.
+    pub whole_per_second: Spread,
+    /// The throughput without it, as a share of that.
+    pub throughput_by_whole: Spread,
 }
 
 impl Spread {
@@ -257,8 +291,19 @@ pub struct Snapshot {
     pub nodes: Usages,
     /// What this process has used.
     pub client: Usage,
-    /// Synced writes and messages of all nodes, if they tell.
-    pub counters: Option<(u64, u64)>,
+    /// What the nodes count, if they tell.
+    pub counters: Option<Counters>,
+}
+
+/// What all nodes have counted together.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Trades committed when they told it.
+    pub committed: u64,
+    /// Synced writes.
+    pub syncs: u64,
+    /// Messages.
+    pub messages: u64,
 }
 
 impl Round {
@@ -271,8 +316,7 @@ impl Round {
         answers: Counts,
     ) -> Round {
         let trades = after.committed.saturating_sub(before.committed);
-        // What nobody used up isn't divided among nobody.
-        let per_trade = |amount: f64| if trades == 0 { 0.0 } else { amount / trades as f64 };
+        let per_trade = |amount: f64| share(amount, trades);
         let used: BTreeMap<u64, Usage> = after
             .nodes
             .iter()
@@ -281,8 +325,11 @@ impl Round {
         let cpu = |usage: &Usage| per_trade(usage.processor.as_secs_f64() * 1e6);
         let written = || used.values().map(|usage| usage.bytes_written).sum::<u64>();
         let counters = before.counters.zip(after.counters);
-        let counted = |of: fn(&(u64, u64)) -> u64| {
-            counters.map(|(before, after)| per_trade(of(&after).saturating_sub(of(&before)) as f64))
+        let counted = |of: fn(&Counters) -> u64| {
+            let since = |of: fn(&Counters) -> u64| {
+                counters.map(|(before, after)| of(&after).saturating_sub(of(&before)))
+            };
+            Some(share(since(of)? as f64, since(|counters| counters.committed)?))
         };
         Round {
             seconds,
@@ -294,9 +341,9 @@ impl Round {
             max_ms: quantile_ms(&measured.latency, 1.0),
             cpu_us_per_trade_by_node: used.iter().map(|(node, usage)| (*node, cpu(usage))).collect(),
             client_cpu_us_per_trade: cpu(&after.client.since(&before.client)),
-            syncs_per_trade: counted(|counters| counters.0),
+            syncs_per_trade: counted(|counters| counters.syncs),
             bytes_written_per_trade: (!used.is_empty()).then(|| per_trade(written() as f64)),
-            messages_per_trade: counted(|counters| counters.1),
+            messages_per_trade: counted(|counters| counters.messages),
             resident_bytes: used.iter().map(|(node, usage)| (*node, usage.resident_bytes)).collect(),
             answers,
             trades_per_100_ms: measured.series,
@@ -304,6 +351,11 @@ impl Round {
             follower: None,
         }
     }
+}
+
+/// What nobody used up isn't divided among nobody.
+fn share(amount: f64, trades: u64) -> f64 {
+    if trades == 0 { 0.0 } else { amount / trades as f64 }
 }
 
 fn quantile_ms(latency: &Histogram<u64>, quantile: f64) -> f64 {
@@ -339,10 +391,41 @@ impl CaseReport {
         for round in &rounds {
             self.answers.add(&round.answers);
         }
-        self.overload = rounds.first().and_then(|round| round.overload.clone());
-        self.follower = rounds.first().and_then(|round| round.follower);
+        self.overload = OverloadSummary::of(&rounds);
+        self.follower = FollowerSummary::of(&rounds);
         self.rounds = rounds;
         self
+    }
+}
+
+impl OverloadSummary {
+    /// None if there was no overload.
+    fn of(rounds: &[Round]) -> Option<OverloadSummary> {
+        let all: Vec<&OverloadReport> = rounds.iter().filter_map(|round| round.overload.as_ref()).collect();
+        let spread = |of: fn(&OverloadReport) -> f64| Spread::of(all.iter().map(|overload| of(overload)));
+        let recovered: Option<Vec<f64>> = all.iter().map(|overload| overload.recovery_seconds).collect();
+        (!all.is_empty()).then(|| OverloadSummary {
+            peak_per_second: spread(|overload| overload.peak_per_second),
+            offered_per_second: spread(|overload| overload.offered_per_second),
+            goodput_per_second: spread(|overload| overload.goodput_per_second),
+            goodput_by_peak: spread(|overload| overload.goodput_by_peak),
+            p99_ms: spread(|overload| overload.p99_ms),
+            half_load_p99_ms: spread(|overload| overload.half_load_p99_ms),
+            p99_by_half_load: spread(|overload| overload.p99_by_half_load),
+            recovery_seconds: recovered.map(Spread::of),
+        })
+    }
+}
+
+impl FollowerSummary {
+    /// None if none was lost.
+    fn of(rounds: &[Round]) -> Option<FollowerSummary> {
+        let all: Vec<FollowerReport> = rounds.iter().filter_map(|round| round.follower).collect();
+        (!all.is_empty()).then(|| FollowerSummary {
+            nodes: all.iter().map(|follower| follower.node).collect(),
+            whole_per_second: Spread::of(all.iter().map(|follower| follower.whole_per_second)),
+            throughput_by_whole: Spread::of(all.iter().map(|follower| follower.throughput_by_whole)),
+        })
     }
 }
 
@@ -369,7 +452,7 @@ pub(super) mod tests {
 
     fn snapshot(committed: u64, scale: u64) -> Snapshot {
         let nodes = [(1, usage(10 * scale, 100 * scale)), (2, usage(20 * scale, 0))];
-        let counters = Some((3 * scale, 7 * scale));
+        let counters = Some(Counters { committed, syncs: 3 * scale, messages: 7 * scale });
         Snapshot { committed, nodes: nodes.into(), client: usage(scale, 0), counters }
     }
 
@@ -416,6 +499,44 @@ pub(super) mod tests {
         assert_eq!(case.trades_per_second, Spread { median: 250.0, min: 100.0, max: 300.0 });
         assert_eq!(case.answers.committed, 2 * (300 + 100 + 250) + 30);
         assert!((case.trades_per_second.width() - 0.8).abs() < 1e-9);
+    }
+
+    #[test]
+    fn counters_are_divided_by_what_was_committed_when_they_were_told() {
+        let with = |snapshot: Snapshot, committed, syncs| {
+            let counters = Some(Counters { committed, syncs, messages: 2 * syncs });
+            Snapshot { counters, ..snapshot }
+        };
+        // Telling it took time: 100 more were committed.
+        let (before, after) = (with(snapshot(10, 1), 10, 0), with(snapshot(510, 2), 610, 300));
+        let round = Round::new(1.0, &before, &after, measured(), Counts::default());
+        assert_eq!(
+            (round.trades, round.syncs_per_trade, round.messages_per_trade),
+            (500, Some(0.5), Some(1.0))
+        );
+    }
+
+    #[test]
+    fn overloads_and_lost_followers_are_told_by_their_medians() {
+        let mut rounds = [100, 200, 300].map(round).to_vec();
+        for (place, round) in rounds.iter_mut().enumerate() {
+            let peak_per_second = [10.0, 30.0, 20.0][place];
+            let recovery_seconds = Some(place as f64);
+            round.overload =
+                Some(OverloadReport { peak_per_second, recovery_seconds, ..OverloadReport::default() });
+            let throughput_by_whole = [0.9, 0.8, 1.0][place];
+            round.follower =
+                Some(FollowerReport { node: 3, throughput_by_whole, ..FollowerReport::default() });
+        }
+        let case = CaseReport::default().with_rounds(rounds.clone(), &Floor::default());
+        let (overload, follower) = (case.overload.unwrap(), case.follower.unwrap());
+        assert_eq!(overload.peak_per_second, Spread { median: 20.0, min: 10.0, max: 30.0 });
+        assert_eq!(overload.recovery_seconds, Some(Spread { median: 1.0, min: 0.0, max: 2.0 }));
+        assert_eq!(follower.throughput_by_whole, Spread { median: 0.9, min: 0.8, max: 1.0 });
+        assert_eq!(follower.nodes, [3, 3, 3]);
+        rounds[1].overload.as_mut().unwrap().recovery_seconds = None;
+        let case = CaseReport::default().with_rounds(rounds, &Floor::default());
+        assert_eq!(case.overload.unwrap().recovery_seconds, None, "not in every round");
     }
 
     #[test]

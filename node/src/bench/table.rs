@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::report::{CaseReport, Report};
+use super::report::{CaseReport, OverloadReport, Report, Spread};
 
 /// What a figure is that isn't known.
 const UNKNOWN: &str = "-";
@@ -98,35 +98,63 @@ fn show_cost(text: &mut String, report: &Report) {
 
 fn show_more(text: &mut String, report: &Report) {
     for case in &report.cases {
-        if let Some(overload) = &case.overload {
-            let back =
-                overload.recovery_seconds.map_or("12 s or more".to_owned(), |back| format!("{back:.1} s"));
-            let _ = writeln!(
-                text,
-                "\n{}: peak {:.0}/s, offered {:.0}/s, goodput {:.0}/s ({:.0} % of the peak),\n  \
-                 p99 {} ms against {} ms at half load ({:.1} times), full speed again after {back}",
-                case.case,
-                overload.peak_per_second,
-                overload.offered_per_second,
-                overload.goodput_per_second,
-                overload.goodput_by_peak * 100.0,
-                milliseconds(overload.p99_ms),
-                milliseconds(overload.half_load_p99_ms),
-                overload.p99_by_half_load
-            );
-        }
+        show_overload(text, case);
         if let Some(follower) = &case.follower {
+            let nodes: Vec<String> = follower.nodes.iter().map(u64::to_string).collect();
             let _ = writeln!(
                 text,
-                "\n{}: {:.0} % of the {:.0}/s that all nodes reached a moment before (node {})",
+                "\n{}: {} % of what all nodes reached a moment before,\n  {} trades/s (without node {})",
                 case.case,
-                follower.throughput_by_whole * 100.0,
-                follower.whole_per_second,
-                follower.node
+                ranged(follower.throughput_by_whole, percent),
+                ranged(follower.whole_per_second, whole),
+                nodes.join(", ")
             );
         }
         show_answers(text, case);
     }
+}
+
+fn show_overload(text: &mut String, case: &CaseReport) {
+    let Some(overload) = &case.overload else { return };
+    let tenths = |figure: f64| format!("{figure:.1}");
+    let back =
+        overload.recovery_seconds.map_or("12 s or more".to_owned(), |back| ranged(back, tenths) + " s");
+    let refused = |of: fn(&OverloadReport) -> u64| -> u64 {
+        let overloads = case.rounds.iter().filter_map(|round| round.overload.as_ref());
+        overloads.map(of).sum()
+    };
+    let _ = writeln!(
+        text,
+        "\n{}: peak {} trades/s,\n  offered {}, goodput {}, {} % of the peak,\n  \
+         p99 {} ms against {} ms at half load, {} times,\n  full speed again after {back},\n  \
+         refused: {} at the peak, {} at half load, {} meanwhile, {} afterwards",
+        case.case,
+        ranged(overload.peak_per_second, whole),
+        ranged(overload.offered_per_second, whole),
+        ranged(overload.goodput_per_second, whole),
+        ranged(overload.goodput_by_peak, percent),
+        ranged(overload.p99_ms, milliseconds),
+        ranged(overload.half_load_p99_ms, milliseconds),
+        ranged(overload.p99_by_half_load, tenths),
+        refused(|overload| overload.answers_at_peak.refused),
+        refused(|overload| overload.answers_at_half_load.refused),
+        refused(|overload| overload.answers_meanwhile.refused),
+        refused(|overload| overload.answers_afterwards.refused)
+    );
+}
+
+/// The median of the rounds, and from where to where they went.
+fn ranged(spread: Spread, show: impl Fn(f64) -> String) -> String {
+    let (median, min, max) = (show(spread.median), show(spread.min), show(spread.max));
+    if min == max { median } else { format!("{median} ({min} - {max})") }
+}
+
+fn whole(figure: f64) -> String {
+    format!("{figure:.0}")
+}
+
+fn percent(share: f64) -> String {
+    whole(share * 100.0)
 }
 
 /// What was answered other than COMMITTED, in the end or at first.
@@ -193,16 +221,15 @@ fn aligned<const N: usize>(head: [&str; N], lines: Vec<[String; N]>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::{
-        floor::Floor,
-        report::{OverloadReport, tests::round},
-    };
+    use crate::bench::{floor::Floor, report::tests::round};
 
     #[test]
     fn it_fits_a_terminal_and_tells_what_was_not_committed() {
         let mut rounds = vec![round(123_456), round(100_000)];
         rounds[0].answers.others.insert("ABORTED CONTENTION".into(), 3);
-        rounds[0].overload = Some(OverloadReport::default());
+        for (round, peak_per_second) in rounds.iter_mut().zip([1000.0, 2000.0]) {
+            round.overload = Some(OverloadReport { peak_per_second, ..OverloadReport::default() });
+        }
         let case = CaseReport { case: "follower-paused".into(), ..CaseReport::default() };
         let case = case.with_rounds(rounds, &Floor { floor_ms: 1.0, ..Floor::default() });
         let report = Report { cases: vec![case], is_debug_build: true, ..Report::default() };
@@ -210,7 +237,8 @@ mod tests {
         for line in text.lines().take_while(|line| !line.contains("peak")) {
             assert!(line.chars().count() <= 80, "{line:?} doesn't fit");
         }
-        for expected in ["111728", "21 %", "3 ABORTED CONTENTION", "12 s or more", "MEAN NOTHING"] {
+        let peak = "peak 1500 (1000 - 2000) trades/s";
+        for expected in ["111728", "21 %", "3 ABORTED CONTENTION", "12 s or more", "MEAN NOTHING", peak] {
             assert!(text.contains(expected), "{expected} isn't in {text}");
         }
     }
