@@ -17,6 +17,9 @@ const STREAMS: usize = 4;
 pub const CLIENTS_MAX: u64 = 4096;
 const STREAMS_MAX: u64 = 64;
 const RATE_MAX: u64 = 10_000_000;
+const WINDOW_MAX: u64 = 1_000_000;
+/// Fewer than the users that there are at least.
+const LEGS_MAX: u64 = 64;
 /// Accounts and shards of a cluster.
 pub const ACCOUNTS: std::ops::RangeInclusive<u64> = 200..=20_000_000;
 /// A trade needs two.
@@ -33,6 +36,8 @@ pub struct Case {
     pub accounts: Option<u64>,
     /// Shards of its cluster, if not as many as all others have.
     pub shards: Option<u32>,
+    /// Trades in flight, if not as many as all others have.
+    pub window: Option<usize>,
 }
 
 /// What a case does.
@@ -79,6 +84,8 @@ pub enum Users {
     Skewed,
     /// Both on one shard, and the record too.
     OneShard,
+    /// So many in each trade.
+    Legs(u32),
 }
 
 impl Users {
@@ -89,6 +96,7 @@ impl Users {
             Users::Hot => Mix::Hot,
             Users::Skewed => Mix::Skewed(Arc::new(Zipf::new(population.users))),
             Users::OneShard => Mix::OneShard,
+            Users::Legs(count) => Mix::Legs(count),
         }
     }
 }
@@ -117,6 +125,8 @@ pub const LIST: &[(&str, &str)] = &[
     ("hot-stream", "like stream-4, and one user is a party of every trade"),
     ("skewed", "like stream-4, with users drawn by Zipf's law (0.99)"),
     ("one-shard", "like stream-4, with buyer, seller and record on one shard"),
+    ("window-N", "one stream with N trades in flight, whatever --window says"),
+    ("legs-N", "like stream-4, N balances in each batch change by turns down and up, on any shards; 2 to 64"),
     ("independent", "like stream-4, each trade sent as one batch for each shard: what atomicity costs"),
     (
         "open-RATE",
@@ -134,7 +144,7 @@ impl Case {
     pub fn parse(name: &str) -> Result<Case, CaseError> {
         let streams = |users, form| Kind::Streams { count: STREAMS, users, form };
         let uniform = streams(Users::Uniform, Form::Atomic);
-        let case = |kind| Case { name: name.to_owned(), kind, accounts: None, shards: None };
+        let case = |kind| Case { name: name.to_owned(), kind, accounts: None, shards: None, window: None };
         let whole = match name {
             "hot-stream" => Some(streams(Users::Hot, Form::Atomic)),
             "skewed" => Some(streams(Users::Skewed, Form::Atomic)),
@@ -168,14 +178,27 @@ impl Case {
                 form: Form::Atomic,
             }),
             "open" => case(Kind::Open { per_second: number(1..=RATE_MAX)? }),
+            "window" => Case {
+                window: Some(number(1..=WINDOW_MAX)? as usize),
+                ..case(Kind::Streams { count: 1, users: Users::Uniform, form: Form::Atomic })
+            },
+            "legs" => {
+                let count = number(2..=LEGS_MAX)? as u32;
+                if !count.is_multiple_of(2) {
+                    let problem = "it must be even: half of them pay, and half are paid".to_owned();
+                    return Err(CaseError::Number { name: name.to_owned(), problem });
+                }
+                case(streams(Users::Legs(count), Form::Atomic))
+            }
             "accounts" => Case { accounts: Some(number(ACCOUNTS)?), ..case(uniform) },
             "shards" => Case { shards: Some(number(SHARDS)? as u32), ..case(uniform) },
             _ => return Err(unknown()),
         })
     }
 
-    /// Who sends in a case that is one load.
+    /// Who sends in a case that is one load. `window` is what the case has if it doesn't say otherwise.
     pub fn senders(&self, window: usize) -> Senders {
+        let window = self.window.unwrap_or(window);
         match self.kind {
             Kind::Unary { clients, .. } => Senders::Unary(clients),
             Kind::Streams { count, .. } => Senders::Streams { count, window },
@@ -236,7 +259,7 @@ mod tests {
         }
         for (name, _) in LIST {
             let name = name.replace("-N", "-300").replace("-RATE", "-20k").replace("shards-300", "shards-16");
-            let name = name.replace("stream-300", "stream-3");
+            let name = name.replace("stream-300", "stream-3").replace("legs-300", "legs-8");
             Case::parse(&name).unwrap_or_else(|error| panic!("{error}"));
         }
     }
@@ -249,6 +272,9 @@ mod tests {
         }
         assert_eq!(Case::parse("accounts-10m").unwrap().accounts, Some(10_000_000));
         assert_eq!(Case::parse("shards-16").unwrap().shards, Some(16));
+        let senders = Case::parse("window-16").unwrap().senders(512);
+        assert_eq!(senders, Senders::Streams { count: 1, window: 16 });
+        assert_eq!(Case::parse("legs-32").unwrap().users(), Users::Legs(32));
         assert_eq!(Case::parse("open-20k").unwrap().kind, Kind::Open { per_second: 20_000 });
     }
 
@@ -267,5 +293,6 @@ mod tests {
         assert_eq!(Case::parse("unary-0").unwrap_err().to_string(), "case \"unary-0\": it must be 1 to 4096");
         assert_eq!(Case::parse("unary-x").unwrap_err().to_string(), "case \"unary-x\": \"x\" is no number");
         assert!(Case::parse("shards-1").is_err(), "a trade needs two shards");
+        assert!(Case::parse("legs-3").is_err() && Case::parse("legs-66").is_err());
     }
 }

@@ -95,7 +95,7 @@ pub struct BenchArgs {
     /// Accounts, two to a user, for example 10k or 1m; without it 100k
     #[arg(long, value_name = "N", value_parser = accounts)]
     pub accounts: Option<u64>,
-    /// Trades in flight, on all streams of a case together
+    /// Trades in flight, on all streams of a case together, where the case doesn't say otherwise
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub window: u32,
     /// Each trade pays a fee into the one account of the exchange
@@ -432,7 +432,7 @@ mod tests {
 
     #[test]
     fn every_case_is_told_about() {
-        for name in ["unary-64", "open-20k", "accounts-10m", "shards-16", "hot-256"] {
+        for name in ["unary-64", "open-20k", "accounts-10m", "shards-16", "hot-256", "legs-8", "window-16"] {
             let about = about(&Case::parse(name).unwrap());
             assert!(!about.is_empty(), "{name}");
         }

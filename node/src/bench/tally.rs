@@ -255,10 +255,7 @@ impl Ledger {
     }
 
     fn settle(&self, trade: &Trade) {
-        let quantity = i64::from(trade.quantity);
-        for (user, cash, asset) in
-            [(trade.buyer, -trade.paid(), quantity), (trade.seller, trade.quote(), -quantity)]
-        {
+        for (user, cash, asset) in trade.changes() {
             if let Some(sum) = self.cash.get(user as usize) {
                 sum.fetch_add(cash, Ordering::Relaxed);
                 self.asset[user as usize].fetch_add(asset, Ordering::Relaxed);
@@ -267,7 +264,7 @@ impl Ledger {
     }
 
     fn doubt(&self, trade: &Trade) {
-        let followed = [trade.buyer, trade.seller].into_iter().filter(|user| *user < self.users());
+        let followed = trade.changes().map(|(user, ..)| user).filter(|user| *user < self.users());
         self.lock().extend(followed);
     }
 

@@ -2,7 +2,8 @@
 //!
 //! A trade has 5 operations on 3 partitions: the buyer's cash goes down and its asset up, the seller's asset goes down and its
 //! cash up, and the trade's record is inserted. Buyer and seller live on different shards, except in one-shard batches. With a
-//! fee there is a sixth operation, on the one account of the exchange.
+//! fee there is a sixth operation, on the one account of the exchange. To see what larger batches cost there are trades of many
+//! parties, who pay or get cash by turns.
 //!
 //! The load generator shares the machine with what it measures, so an order is a small value without pointers, and is written
 //! straight into the connection's buffer: nothing is allocated for it. [`Order::batch`] is the same in the SDK's words; a test
@@ -30,8 +31,6 @@ const RECORD: &str = "trade";
 pub const FEE_ACCOUNT: &str = "bench-fees";
 /// The fee of a trade, in smallest units.
 const FEE: i64 = 1;
-/// The most operations of a trade.
-const OPERATIONS_MAX: usize = 6;
 /// Users are looked for so often until their shards fit.
 const TRIES_MAX: usize = 10_000;
 /// A part of a trade has its place in the last bits of the id.
@@ -50,6 +49,8 @@ pub enum Mix {
     Skewed(Arc<Zipf>),
     /// Buyer, seller and record on one shard.
     OneShard,
+    /// So many users in a row, an even number: the buyer and every other one after it pay, the others get as much.
+    Legs(u32),
 }
 
 /// How a trade is sent.
@@ -102,6 +103,8 @@ pub struct Trade {
     pub price: u32,
     /// Whether the exchange gets its fee.
     pub has_fee: bool,
+    /// So many users from the buyer on pay or get cash by turns; 0: only buyer and seller trade.
+    legs: u32,
     /// Names the load that it belongs to.
     nonce: u32,
     /// Its number in the load.
@@ -137,6 +140,7 @@ impl Maker {
             quantity: 1 + self.random.below(100) as u32,
             price: 30_000 + self.random.below(1000) as u32,
             has_fee: self.has_fee,
+            legs: if let Mix::Legs(count) = self.mix { count } else { 0 },
             nonce: self.nonce,
             sequence,
             salt: 0,
@@ -157,6 +161,10 @@ impl Maker {
                 Mix::Skewed(zipf) => (zipf.draw(&mut self.random), zipf.draw(&mut self.random)),
                 Mix::Hot if sequence.is_multiple_of(2) => (0, self.any()),
                 Mix::Hot => (self.any(), 0),
+                Mix::Legs(count) => {
+                    let first = self.random.below(self.population.users + 1 - u64::from(*count));
+                    (first, first + 1)
+                }
             };
             let is_same_shard = self.population.shard_of(buyer) == self.population.shard_of(seller);
             if buyer != seller && is_same_shard == matches!(self.mix, Mix::OneShard) {
@@ -199,6 +207,17 @@ impl Trade {
         self.quote() + if self.has_fee { FEE } else { 0 }
     }
 
+    /// By how much it changes the cash and the asset of its users.
+    pub fn changes(&self) -> impl Iterator<Item = (u64, i64, i64)> + use<> {
+        let (quantity, quote) = (i64::from(self.quantity), self.quote());
+        let has_legs = self.legs > 0;
+        let pair = [(self.buyer, -self.paid(), quantity), (self.seller, quote, -quantity)];
+        let others =
+            (self.buyer..self.buyer + u64::from(self.legs)).skip(2).zip([-quote, quote].into_iter().cycle());
+        let pair = pair.map(|(user, cash, asset)| (user, cash, if has_legs { 0 } else { asset }));
+        pair.into_iter().chain(others.map(|(user, cash)| (user, cash, 0)))
+    }
+
     /// The row of its record.
     pub fn record(&self) -> Row {
         row(self.partition(Where::Record), RECORD)
@@ -233,9 +252,8 @@ impl Trade {
 
     /// The shards that it touches, in order.
     pub fn shards(&self, placement: Placement) -> Vec<ShardId> {
-        let (operations, count) = self.operations();
         let mut shards: Vec<ShardId> =
-            operations[..count].iter().map(|(place, ..)| self.shard(*place, placement)).collect();
+            self.operations().map(|(place, ..)| self.shard(place, placement)).collect();
         shards.sort_unstable();
         shards.dedup();
         shards
@@ -253,17 +271,14 @@ impl Trade {
         text(|out| write_partition(out, self, place))
     }
 
-    fn operations(&self) -> ([Operation; OPERATIONS_MAX], usize) {
-        let (quantity, quote) = (i64::from(self.quantity), self.quote());
-        let operations = [
-            (Where::User(self.buyer), CASH, What::Add(-self.paid())),
-            (Where::User(self.buyer), ASSET, What::Add(quantity)),
-            (Where::User(self.seller), ASSET, What::Add(-quantity)),
-            (Where::User(self.seller), CASH, What::Add(quote)),
-            (Where::Record, RECORD, What::Insert),
-            (Where::Fees, CASH, What::Add(FEE)),
-        ];
-        (operations, if self.has_fee { OPERATIONS_MAX } else { OPERATIONS_MAX - 1 })
+    fn operations(&self) -> impl Iterator<Item = Operation> + use<> {
+        let changes = self.changes().flat_map(|(user, cash, asset)| {
+            let change = |name, delta| (Where::User(user), name, What::Add(delta));
+            [change(CASH, cash), change(ASSET, asset)].into_iter().take(if asset == 0 { 1 } else { 2 })
+        });
+        let record = (Where::Record, RECORD, What::Insert);
+        let fee = self.has_fee.then_some((Where::Fees, CASH, What::Add(FEE)));
+        changes.chain([record]).chain(fee)
     }
 }
 
@@ -352,8 +367,7 @@ impl Order {
     }
 
     fn for_each(&self, mut take: impl FnMut(Where, &'static str, What)) {
-        let (operations, count) = self.trade.operations();
-        for (place, name, what) in operations.into_iter().take(count) {
+        for (place, name, what) in self.trade.operations() {
             let is_here =
                 self.only.is_none_or(|(shard, placement)| self.trade.shard(place, placement) == shard);
             if is_here {
@@ -405,7 +419,7 @@ fn message(out: &mut Vec<u8>, field: u8, body: impl FnOnce(&mut Vec<u8>)) {
         out[place] = length as u8;
         return;
     }
-    debug_assert!(length < 1 << 14, "an order takes a few hundred bytes");
+    debug_assert!(length < 1 << 14, "an order takes some thousand bytes at most");
     out[place] = (length & 0x7f) as u8 | 0x80;
     out.insert(place + 1, (length >> 7) as u8);
 }
@@ -488,7 +502,7 @@ mod tests {
 
     fn all_kinds() -> Vec<(Mix, Form, bool)> {
         let skewed = Mix::Skewed(Arc::new(Zipf::new(200)));
-        let mixes = [Mix::Uniform, Mix::Hot, skewed, Mix::OneShard];
+        let mixes = [Mix::Uniform, Mix::Hot, skewed, Mix::OneShard, Mix::Legs(2), Mix::Legs(64)];
         let kinds = mixes.into_iter().flat_map(|mix| {
             [Form::Atomic, Form::Independent].map(|form| [false, true].map(|fee| (mix.clone(), form, fee)))
         });
@@ -537,7 +551,7 @@ mod tests {
                             assert_eq!(of(trade.buyer), of(trade.seller));
                         }
                         Mix::Hot => assert!([trade.buyer, trade.seller].contains(&0)),
-                        Mix::Uniform | Mix::Skewed(_) => {}
+                        Mix::Uniform | Mix::Skewed(_) | Mix::Legs(_) => {}
                     }
                     if !matches!(mix, Mix::OneShard) {
                         assert_ne!(of(trade.buyer), of(trade.seller), "a trade touches two shards at least");
@@ -595,6 +609,28 @@ mod tests {
                     _ => None,
                 });
                 assert_eq!(deltas.sum::<i64>(), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn legs_are_so_many_balances_of_different_users_and_what_is_followed_is_what_is_sent() {
+        let people = population(100, 2);
+        for (count, fee) in [(2, false), (8, true), (64, false)] {
+            let mut maker = Maker::new(people, Mix::Legs(count), fee);
+            for sequence in 0..100 {
+                let trade = maker.make(sequence);
+                let batch = trade.orders(Form::Atomic, people.placement).next().unwrap().batch();
+                assert_eq!(batch.operations.len(), count as usize + 1 + usize::from(fee));
+                let mut users: Vec<u64> = trade.changes().map(|(user, ..)| user).collect();
+                users.dedup();
+                assert!(users.len() == count as usize && users.iter().all(|user| *user < 100), "{users:?}");
+                let followed = trade.changes().map(|(_, cash, _)| cash.to_string());
+                let sent = batch.operations.iter().filter_map(|operation| match &operation.kind {
+                    Some(Kind::Add(Add { delta, .. })) => Some(delta.clone()),
+                    _ => None,
+                });
+                assert!(followed.eq(sent.take(count as usize)));
             }
         }
     }
