@@ -833,11 +833,16 @@ fn number(seed: &mut u64) -> u64 {
 /// What kind of file this is; None: nothing depends on it.
 fn kind(path: &Path) -> Option<&'static str> {
     let name = path.file_name()?.to_str()?;
+    let of_state = path.parent().is_some_and(|folder| folder.ends_with("state"));
     match name {
         "acknowledged" => Some("acknowledged"),
-        "synced" | "synced-state" => Some("synced"),
+        "synced" => Some("synced"),
+        "synced-state" => Some("synced-state"),
+        "CURRENT" if of_state => Some("CURRENT of the state"),
         "CURRENT" => Some("CURRENT"),
+        _ if name.starts_with("MANIFEST") && of_state => Some("manifest of the state"),
         _ if name.starts_with("MANIFEST") => Some("manifest"),
+        _ if name.ends_with(".sst") && of_state => Some("table of the state"),
         _ if name.ends_with(".sst") => Some("table"),
         _ if name.ends_with(".log") => Some("log"),
         _ if name.ends_with(".snapshot") => Some("snapshot"),
@@ -845,7 +850,19 @@ fn kind(path: &Path) -> Option<&'static str> {
     }
 }
 
-const KINDS: [&str; 7] = ["log", "table", "manifest", "CURRENT", "snapshot", "acknowledged", "synced"];
+const KINDS: [&str; 11] = [
+    "log",
+    "table",
+    "table of the state",
+    "manifest",
+    "manifest of the state",
+    "CURRENT",
+    "CURRENT of the state",
+    "snapshot",
+    "acknowledged",
+    "synced",
+    "synced-state",
+];
 
 /// The files of that kind that aren't empty.
 fn files_of(folder: &Path, wanted: &str) -> Vec<PathBuf> {
@@ -932,7 +949,7 @@ impl Cluster {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn damage_anywhere_is_refused_or_harmless_and_never_spreads() {
-    let rounds: usize = std::env::var("VERDICT_DAMAGES").ok().map_or(28, |rounds| rounds.parse().unwrap());
+    let rounds: usize = std::env::var("VERDICT_DAMAGES").ok().map_or(33, |rounds| rounds.parse().unwrap());
     let mut seed = std::env::var("VERDICT_SEED").ok().map_or(1, |seed| seed.parse().unwrap());
     println!("VERDICT_SEED={seed}");
     let mut cluster = Cluster::start_three(small_snapshots()).await;
@@ -1013,7 +1030,7 @@ async fn damage_anywhere_is_refused_or_harmless_and_never_spreads() {
     for ((kind, outcome), times) in &outcomes {
         println!("| {kind} | {outcome} | {times} |");
     }
-    for kind in ["log", "manifest", "CURRENT"] {
+    for kind in ["log", "manifest", "CURRENT", "manifest of the state", "CURRENT of the state"] {
         assert!(outcomes.contains_key(&(kind, "refused at start")), "damage to {kind} was never refused");
     }
     cluster.stop_all().await;

@@ -79,7 +79,8 @@ async fn no_loss_of_power_takes_anything_that_was_answered() {
     for (kind, count, settings) in [
         ("one node", 1, small_snapshots()),
         ("two nodes", 2, small_snapshots()),
-        ("all nodes", 3, settings()),
+        ("all nodes", 3, small_snapshots()),
+        ("all nodes, without snapshots", 3, settings()),
     ] {
         let makes_snapshots = !settings.lines.is_empty();
         let mut row = Row::default();
