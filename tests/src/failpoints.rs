@@ -29,6 +29,8 @@ use crate::{
 
 /// How long a process may take to come to an armed failpoint, after all was done that leads there.
 const FIRES_WITHIN: Duration = Duration::from_secs(8);
+/// So long it takes at most until a process knows that it is armed no more, and until one that has just come to a failpoint is dead.
+const DISARMED_WITHIN: Duration = Duration::from_millis(50);
 /// How often something that hangs on a race is tried (for instance: that entries are lost).
 const TRIES: u32 = 3;
 /// A recovery that takes longer is a failure, whatever the goals are.
@@ -330,6 +332,10 @@ impl Harness {
     async fn mend(&mut self) {
         for node in self.cluster.nodes() {
             self.cluster.arm(node, "");
+        }
+        // One that came there in this very moment may still die of it.
+        tokio::time::sleep(DISARMED_WITHIN).await;
+        for node in self.cluster.nodes() {
             self.cluster.has_ended(node);
             if !self.cluster.runs(node) {
                 self.cluster.restart(node);
