@@ -366,17 +366,6 @@ fn full() -> Vec<Case> {
             ..full
         },
         Case {
-            name: "full-alone-read",
-            about: "a read across two shards beside a batch that one of them may commit on its own word; clocks that move",
-            before: "add a@1 10; add b@2 1",
-            batches: &[('A', "add a@1 -7"), ('B', "add a@1 -2; add b@2 2")],
-            read: "a@1 b@2",
-            bounds: Bounds { reads: 1, ticks: 1, ..NONE },
-            alone: true,
-            heal_every: 16,
-            ..full
-        },
-        Case {
             name: "full-three",
             about: "one batch on three shards, another one on two of them; no fault",
             shards: 3,
@@ -419,6 +408,17 @@ fn full() -> Vec<Case> {
 fn huge() -> Vec<Case> {
     let huge = Case { size: Size::Huge, deposed: false, prompt: true, ..Case::PLAIN };
     vec![
+        Case {
+            name: "huge-alone-read",
+            about: "a read across two shards beside a batch that one of them may commit on its own word; clocks that move",
+            before: "add a@1 10; add b@2 1",
+            batches: &[('A', "add a@1 -7"), ('B', "add a@1 -2; add b@2 2")],
+            read: "a@1 b@2",
+            bounds: Bounds { reads: 1, ticks: 1, ..NONE },
+            alone: true,
+            heal_every: 16,
+            ..huge
+        },
         Case {
             name: "huge-room",
             about: "two batches on shards that hold one part each; a message comes twice, a leader is deposed",
