@@ -41,7 +41,10 @@ use verdict_protocol::{
 };
 
 use crate::{
-    api::{AdminError, Applied, Confirmed, GroupStatus, Leadership, ProposeError, ReadError, Role, Timing},
+    api::{
+        AdminError, Applied, Confirmed, GroupStatus, Leadership, Limits, ProposeError, ReadError, Role,
+        Timing,
+    },
     gate::Gate,
     log::GroupLog,
     network::encode,
@@ -59,6 +62,8 @@ const TOGETHER_BYTES_MAX: usize = 4 << 20;
 const COMPLETING_MAX: usize = 4096;
 /// How long a refused proposal waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(2);
+/// So many times `snapshot_after_bytes` the log grows at most before the next snapshot, however large the last one is.
+const SNAPSHOT_WAITS_MAX: u64 = 8;
 /// How often the leadership is looked at even if nothing has changed.
 const LEADERSHIP_TICK: Duration = Duration::from_millis(100);
 /// How long a snapshot that was asked for may take.
@@ -126,7 +131,7 @@ impl<M: Machine> Group<M> {
             sequencer.run().boxed(),
             complete(completed).boxed(),
             watch_leadership(node.clone(), id, raft.clone(), replica.applied(), announce).boxed(),
-            tend_snapshots(node.clone(), raft.clone(), log.clone()).boxed(),
+            tend_snapshots(node.clone(), raft.clone(), log.clone(), replica.clone()).boxed(),
         ];
         for task in tasks {
             let stop = stopping(node.stop.subscribe());
@@ -588,7 +593,12 @@ fn leadership(server: &RaftServerMetrics<Types>, applied: Option<LogId>, heard: 
 }
 
 /// Makes snapshots when the log has grown, and purges what is behind them.
-async fn tend_snapshots<M: Machine>(node: Arc<Node>, raft: ThisRaft<M>, log: Arc<GroupLog>) {
+async fn tend_snapshots<M: Machine>(
+    node: Arc<Node>,
+    raft: ThisRaft<M>,
+    log: Arc<GroupLog>,
+    replica: Arc<Replica<M>>,
+) {
     let limits = &node.config.limits;
     let mut metrics = raft.metrics();
     let mut tended: Option<LogId> = None;
@@ -607,8 +617,8 @@ async fn tend_snapshots<M: Machine>(node: Arc<Node>, raft: ThisRaft<M>, log: Arc
                 return;
             }
         }
-        let (entries, bytes) = log.size_after(snapshot.map(|id| id.index));
-        let due = entries >= limits.snapshot_after_entries || bytes >= limits.snapshot_after_bytes;
+        let newest = replica.snapshots.current().map_or(0, |(_, file)| file.bytes);
+        let due = is_due(limits, node.config.node, newest, log.size_after(snapshot.map(|id| id.index)));
         if due && applied > snapshot && raft.trigger().snapshot().await.is_err() {
             return;
         }
@@ -619,6 +629,16 @@ async fn tend_snapshots<M: Machine>(node: Arc<Node>, raft: ThisRaft<M>, log: Arc
         // Looking is cheap, but not so cheap that it should be done for each entry.
         sleep(LEADERSHIP_TICK).await;
     }
+}
+
+/// Whether it is time for a snapshot: the log has grown by so many entries and bytes, and by more if the newest snapshot is larger than that.
+/// It is written anew as a whole, so a large state would cost more than all that is done with it. Not all nodes do it at the same time.
+fn is_due(limits: &Limits, node: NodeId, newest_bytes: u64, (entries, bytes): (u64, u64)) -> bool {
+    let least = limits.snapshot_after_bytes;
+    let wanted = newest_bytes.clamp(least, SNAPSHOT_WAITS_MAX.saturating_mul(least));
+    let later = wanted / 4 * (node.0 % 3);
+    let entries_wanted = limits.snapshot_after_entries.saturating_mul(wanted / least.max(1));
+    entries >= entries_wanted || bytes >= wanted.saturating_add(later)
 }
 
 /// The replica as the transport sees it.
@@ -735,5 +755,15 @@ mod tests {
         assert_eq!(heir(&[(2, 900, 7), (3, 900, 9)]), Some(NodeId(3)), "unless all do, as on a busy machine");
         assert_eq!(heir(&[(2, 5000, 7), (3, 5000, 9)]), None);
         assert_eq!(heir(&[]), None);
+    }
+
+    #[test]
+    fn a_large_snapshot_is_made_less_often_and_not_by_all_nodes_at_once() {
+        let limits = Limits { snapshot_after_bytes: 1000, snapshot_after_entries: 50, ..Limits::default() };
+        let due = |node, newest, grown| is_due(&limits, NodeId(node), newest, grown);
+        assert!(due(3, 0, (1, 1000)) && due(3, 0, (50, 1)) && !due(3, 0, (49, 999)));
+        assert!(due(3, 4000, (1, 4000)) && due(3, 4000, (200, 1)) && !due(3, 4000, (199, 3999)));
+        assert!(!due(1, 4000, (1, 4999)) && due(1, 4000, (1, 5000)) && due(2, 4000, (1, 6000)));
+        assert!(due(3, u64::MAX, (1, 8000)) && due(3, u64::MAX, (400, 1)), "the log doesn't grow for ever");
     }
 }
