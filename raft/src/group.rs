@@ -62,7 +62,8 @@ const TOGETHER_BYTES_MAX: usize = 4 << 20;
 const COMPLETING_MAX: usize = 4096;
 /// How long a refused proposal waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(2);
-/// So many times `snapshot_after_bytes` the log grows at most before the next snapshot, however large the last one is.
+/// So many times `snapshot_after_bytes` the log grows before the next snapshot, however large the last one is; and a half more at most,
+/// for the nodes take turns.
 const SNAPSHOT_WAITS_MAX: u64 = 8;
 /// How often the leadership is looked at even if nothing has changed.
 const LEADERSHIP_TICK: Duration = Duration::from_millis(100);
@@ -634,11 +635,15 @@ async fn tend_snapshots<M: Machine>(
 /// Whether it is time for a snapshot: the log has grown by so many entries and bytes, and by more if the newest snapshot is larger than that.
 /// It is written anew as a whole, so a large state would cost more than all that is done with it. Not all nodes do it at the same time.
 fn is_due(limits: &Limits, node: NodeId, newest_bytes: u64, (entries, bytes): (u64, u64)) -> bool {
-    let least = limits.snapshot_after_bytes;
-    let wanted = newest_bytes.clamp(least, SNAPSHOT_WAITS_MAX.saturating_mul(least));
-    let later = wanted / 4 * (node.0 % 3);
-    let entries_wanted = limits.snapshot_after_entries.saturating_mul(wanted / least.max(1));
-    entries >= entries_wanted || bytes >= wanted.saturating_add(later)
+    let least = limits.snapshot_after_bytes.max(1);
+    let wanted = newest_bytes.clamp(least, least.saturating_mul(SNAPSHOT_WAITS_MAX));
+    // A small state costs nothing, whoever writes it beside others.
+    let turns = if newest_bytes < least { 0 } else { node.0 % 3 };
+    let scaled = |limit: u64| {
+        let scaled = u128::from(limit) * u128::from(wanted) / u128::from(least);
+        u64::try_from(scaled + scaled / 4 * u128::from(turns)).unwrap_or(u64::MAX)
+    };
+    entries >= scaled(limits.snapshot_after_entries) || bytes >= scaled(least)
 }
 
 /// The replica as the transport sees it.
@@ -761,9 +766,10 @@ mod tests {
     fn a_large_snapshot_is_made_less_often_and_not_by_all_nodes_at_once() {
         let limits = Limits { snapshot_after_bytes: 1000, snapshot_after_entries: 50, ..Limits::default() };
         let due = |node, newest, grown| is_due(&limits, NodeId(node), newest, grown);
-        assert!(due(3, 0, (1, 1000)) && due(3, 0, (50, 1)) && !due(3, 0, (49, 999)));
+        assert!(due(3, 0, (1, 1000)) && due(1, 0, (50, 1)) && !due(2, 0, (49, 999)));
         assert!(due(3, 4000, (1, 4000)) && due(3, 4000, (200, 1)) && !due(3, 4000, (199, 3999)));
-        assert!(!due(1, 4000, (1, 4999)) && due(1, 4000, (1, 5000)) && due(2, 4000, (1, 6000)));
+        assert!(!due(1, 4000, (249, 4999)) && due(1, 4000, (1, 5000)) && due(1, 4000, (250, 1)));
+        assert!(due(2, 4000, (1, 6000)) && !due(2, 4000, (299, 5999)));
         assert!(due(3, u64::MAX, (1, 8000)) && due(3, u64::MAX, (400, 1)), "the log doesn't grow for ever");
     }
 }

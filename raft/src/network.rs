@@ -21,7 +21,10 @@ use openraft::{
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{sync::oneshot, time::timeout};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout, timeout_at},
+};
 use verdict_failpoints::failpoint;
 use verdict_proto::v1;
 use verdict_protocol::ids::GroupId;
@@ -249,8 +252,9 @@ where
 {
     let requests = futures::stream::unfold(input.fuse(), |mut input| async move {
         let mut request = input.next().await?;
+        let until = Instant::now() + COMMITTED_WAITS;
         while request.entries.is_empty() {
-            match timeout(COMMITTED_WAITS, input.next()).await {
+            match timeout_at(until, input.next()).await {
                 Ok(Some(later)) => request = later,
                 Ok(None) | Err(_) => break,
             }

@@ -203,7 +203,9 @@ impl Context {
             return;
         }
         let late = self.random.chance(delayed);
-        if self.random.chance(repeated) {
+        // A call that a node hands on arrives once, as over TCP. Whoever hands it on twice by itself knows that it did.
+        let once = matches!(packet, Packet::Forward { .. });
+        if self.random.chance(repeated) && !once {
             self.tally.count(Fired::Repeated);
             let again = latency + self.random.range(0, 1_000 * delay_ms);
             self.deliver(from, to, packet.clone(), again, true);

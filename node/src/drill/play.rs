@@ -77,9 +77,9 @@ impl State {
 
     /// Notes which of these nodes have ended by themselves, and tells of them.
     fn note_ended(&mut self, nodes: &[u64], running: &[u64]) -> Vec<String> {
-        // A node whose disk is full ends, as it should.
-        let expected =
-            |node: &u64| running.contains(node) || self.down.contains(node) || self.full.contains(node);
+        // A node whose disk is full ends, as it should; one that isn't a member yet, or no more, may not run at all.
+        let known = [&self.down, &self.full, &self.outside];
+        let expected = |node: &u64| running.contains(node) || known.iter().any(|set| set.contains(node));
         let ended: Vec<u64> = nodes.iter().copied().filter(|node| !expected(node)).collect();
         self.down.extend(&ended);
         ended.into_iter().map(|node| format!("node {node} ended by itself")).collect()
