@@ -297,3 +297,35 @@ pub(crate) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
 fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     postcard::from_bytes(bytes).map_err(|error| NetworkError::from_string(format!("decode: {error}")).into())
 }
+
+#[cfg(test)]
+mod tests {
+    use openraft::{EntryPayload, entry::RaftEntry as _};
+
+    use super::*;
+    use crate::types::Entry;
+
+    fn request(committed: u64, entry: Option<u64>) -> AppendEntriesRequest<Types> {
+        let id = |index| openraft::testing::log_id::<Types>(1, 1, index);
+        let entries = entry.map(|index| Entry::new(id(index), EntryPayload::Blank)).into_iter().collect();
+        AppendEntriesRequest {
+            vote: Vote::new_committed(1, 1),
+            prev_log_id: None,
+            entries,
+            leader_commit: Some(id(committed)),
+        }
+    }
+
+    /// Decision 0034: nothing that has entries waits, what has none is dropped for what comes next, and the last one is told.
+    #[tokio::test]
+    async fn the_committed_index_waits_for_company_and_is_told_in_the_end() {
+        let requests =
+            [request(1, Some(1)), request(2, None), request(3, None), request(3, Some(4)), request(5, None)];
+        let open = futures::stream::iter(requests).chain(futures::stream::pending());
+        let told = with_company(open)
+            .map(|request| (request.leader_commit.map(|id| id.index), request.entries.len()));
+        let told: Vec<_> =
+            timeout(Duration::from_secs(30), told.take(3).collect()).await.expect("it is told");
+        assert_eq!(told, [(Some(1), 1), (Some(3), 1), (Some(5), 0)]);
+    }
+}
