@@ -181,12 +181,12 @@ failpoints! {
         "the log is cut, nobody was told"
     PURGE_SYNCED "purge-synced" Purge ONE_OF_EACH false
         "the beginning of the log is dropped, nobody was told"
-    SNAPSHOT_BUILDING "snapshot-building" Snapshot ONE_OF_EACH true
-        "a part of a snapshot is written"
-    SNAPSHOT_BEFORE_RENAME "snapshot-before-rename" Snapshot ONE_OF_EACH true
-        "a snapshot is whole and synced under its first name"
-    SNAPSHOT_RENAMED "snapshot-renamed" Snapshot ONE_OF_EACH true
-        "it has its final name; the older one is there too"
+    SNAPSHOT_TAKEN "snapshot-taken" Snapshot ONE_OF_EACH true
+        "the state that makes a snapshot is written, and not in tables yet"
+    SNAPSHOT_DURABLE "snapshot-durable" Snapshot ONE_OF_EACH true
+        "it is in tables, and nobody knows"
+    SNAPSHOT_WRITING "snapshot-writing" GivesSnapshot LEADERS false
+        "the state is in a file, for a replica that needs it"
     SNAPSHOT_SENDING "snapshot-sending" GivesSnapshot LEADERS false
         "a part of a snapshot is sent"
     SNAPSHOT_RECEIVING "snapshot-receiving" NeedsSnapshot FOLLOWERS false

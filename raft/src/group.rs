@@ -41,17 +41,14 @@ use verdict_protocol::{
 };
 
 use crate::{
-    api::{
-        AdminError, Applied, Confirmed, GroupStatus, Leadership, Limits, ProposeError, ReadError, Role,
-        Timing,
-    },
+    api::{AdminError, Applied, Confirmed, GroupStatus, Leadership, ProposeError, ReadError, Role, Timing},
     gate::Gate,
     log::GroupLog,
     network::encode,
     node::{Endpoint, Node, stopping},
     peer::kind,
     replica::{Replica, StateMachine},
-    snapshot::{self, SnapshotFile},
+    snapshot::{self, Contents, Sending, SnapshotFile},
     types::{Command, LogId, Types, Vote},
 };
 
@@ -62,9 +59,6 @@ const TOGETHER_BYTES_MAX: usize = 4 << 20;
 const COMPLETING_MAX: usize = 4096;
 /// How long a refused proposal waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(2);
-/// So many times `snapshot_after_bytes` the log grows before the next snapshot, however large the last one is; and a half more at most,
-/// for the nodes take turns.
-const SNAPSHOT_WAITS_MAX: u64 = 8;
 /// How often the leadership is looked at even if nothing has changed.
 const LEADERSHIP_TICK: Duration = Duration::from_millis(100);
 /// How long a snapshot that was asked for may take.
@@ -249,7 +243,7 @@ impl<M: Machine> Group<M> {
             committed_index: index(metrics.local_committed),
             applied_index: index(applied),
             position: shared.replica.position(),
-            snapshot_index: index(shared.replica.snapshots.current().and_then(|(meta, _)| meta.last_log_id)),
+            snapshot_index: index(shared.replica.snapshots.point().and_then(|meta| meta.last_log_id)),
             purged_index: index(shared.log.purged()),
             voters: metrics
                 .membership_config
@@ -593,7 +587,7 @@ fn leadership(server: &RaftServerMetrics<Types>, applied: Option<LogId>, heard: 
     }
 }
 
-/// Makes snapshots when the log has grown, and purges what is behind them.
+/// Makes snapshots when the log has grown, and purges what is behind them, unless somebody who is sent a snapshot needs it next.
 async fn tend_snapshots<M: Machine>(
     node: Arc<Node>,
     raft: ThisRaft<M>,
@@ -608,7 +602,7 @@ async fn tend_snapshots<M: Machine>(
             let metrics = metrics.borrow_and_update();
             (metrics.snapshot, metrics.last_applied)
         };
-        if snapshot != tended {
+        if snapshot != tended && !replica.snapshots.is_sending() {
             tended = snapshot;
             let point =
                 snapshot.and_then(|id| log.purge_point(id.index, limits.keep_entries, limits.keep_bytes));
@@ -618,8 +612,8 @@ async fn tend_snapshots<M: Machine>(
                 return;
             }
         }
-        let newest = replica.snapshots.current().map_or(0, |(_, file)| file.bytes);
-        let due = is_due(limits, node.config.node, newest, log.size_after(snapshot.map(|id| id.index)));
+        let (entries, bytes) = log.size_after(snapshot.map(|id| id.index));
+        let due = entries >= limits.snapshot_after_entries || bytes >= limits.snapshot_after_bytes;
         if due && applied > snapshot && raft.trigger().snapshot().await.is_err() {
             return;
         }
@@ -630,20 +624,6 @@ async fn tend_snapshots<M: Machine>(
         // Looking is cheap, but not so cheap that it should be done for each entry.
         sleep(LEADERSHIP_TICK).await;
     }
-}
-
-/// Whether it is time for a snapshot: the log has grown by so many entries and bytes, and by more if the newest snapshot is larger than that.
-/// It is written anew as a whole, so a large state would cost more than all that is done with it. Not all nodes do it at the same time.
-fn is_due(limits: &Limits, node: NodeId, newest_bytes: u64, (entries, bytes): (u64, u64)) -> bool {
-    let least = limits.snapshot_after_bytes.max(1);
-    let wanted = newest_bytes.clamp(least, least.saturating_mul(SNAPSHOT_WAITS_MAX));
-    // A small state costs nothing, whoever writes it beside others.
-    let turns = if newest_bytes < least { 0 } else { node.0 % 3 };
-    let scaled = |limit: u64| {
-        let scaled = u128::from(limit) * u128::from(wanted) / u128::from(least);
-        u64::try_from(scaled + scaled / 4 * u128::from(turns)).unwrap_or(u64::MAX)
-    };
-    entries >= scaled(limits.snapshot_after_entries) || bytes >= scaled(least)
 }
 
 /// The replica as the transport sees it.
@@ -673,6 +653,10 @@ impl<M: Machine> Endpoint for Replies<M> {
         })
     }
 
+    fn send_snapshot(&self) -> Sending {
+        self.0.replica.snapshots.send()
+    }
+
     fn temporary(&self) -> std::path::PathBuf {
         self.0.replica.snapshots.temporary()
     }
@@ -685,7 +669,8 @@ impl<M: Machine> Endpoint for Replies<M> {
             gate.pass(patience).await?;
             let vote: Vote = decode(&vote)?;
             let meta = snapshot::meta(&file, group).map_err(text)?;
-            let installed = raft.install_full_snapshot(vote, Snapshot { meta, snapshot: file }).await;
+            let snapshot = Snapshot { meta, snapshot: Contents::File(file) };
+            let installed = raft.install_full_snapshot(vote, snapshot).await;
             installed.map(|reply| encode(&reply)).map_err(text)
         })
     }
@@ -760,16 +745,5 @@ mod tests {
         assert_eq!(heir(&[(2, 900, 7), (3, 900, 9)]), Some(NodeId(3)), "unless all do, as on a busy machine");
         assert_eq!(heir(&[(2, 5000, 7), (3, 5000, 9)]), None);
         assert_eq!(heir(&[]), None);
-    }
-
-    #[test]
-    fn a_large_snapshot_is_made_less_often_and_not_by_all_nodes_at_once() {
-        let limits = Limits { snapshot_after_bytes: 1000, snapshot_after_entries: 50, ..Limits::default() };
-        let due = |node, newest, grown| is_due(&limits, NodeId(node), newest, grown);
-        assert!(due(3, 0, (1, 1000)) && due(1, 0, (50, 1)) && !due(2, 0, (49, 999)));
-        assert!(due(3, 4000, (1, 4000)) && due(3, 4000, (200, 1)) && !due(3, 4000, (199, 3999)));
-        assert!(!due(1, 4000, (249, 4999)) && due(1, 4000, (1, 5000)) && due(1, 4000, (250, 1)));
-        assert!(due(2, 4000, (1, 6000)) && !due(2, 4000, (299, 5999)));
-        assert!(due(3, u64::MAX, (1, 8000)) && due(3, u64::MAX, (400, 1)), "the log doesn't grow for ever");
     }
 }

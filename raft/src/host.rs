@@ -140,7 +140,7 @@ impl Host {
         let recovering = apart(&self.node.storage, move || {
             let limits = &node.config.limits;
             let folder = snapshot_directory(&node.config.directory);
-            let snapshots = Snapshots::open(node.storage.clone(), &folder, group)?;
+            let snapshots = Snapshots::new(node.storage.clone(), &folder, group);
             let log = GroupLog::open(disk.clone(), group, limits.tail_bytes, acknowledged)?;
             let fatal = node.fatal.clone();
             let replica = Replica::open(disk, group, machine, snapshots, StoreLimits::of(limits), fatal)?;
@@ -148,10 +148,6 @@ impl Host {
             // The log may end before what was applied: a leader applies what a majority of the others has on disk, before its own disk
             // has it, and a snapshot is installed before the log is cut. Raft's library then goes on behind what was applied.
             // What this node had acknowledged is another matter: that is checked by `GroupLog::open`.
-            if log.last() < *replica.applied().borrow() {
-                // It will purge the log up to there. Whoever needs what is purged is given a snapshot: it must reach as far.
-                replica.ensure_snapshot()?;
-            }
             Ok((log, replica))
         });
         let recovered = recovering.await.map_err(|error| HostError::Storage(error.to_string()))?;

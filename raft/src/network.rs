@@ -5,13 +5,14 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures::{
     Stream, StreamExt,
     future::{BoxFuture, Either, select},
     stream::BoxStream,
 };
 use openraft::{
-    BasicNode, OptionalSend, RaftNetworkFactory, RaftNetworkV2,
+    BasicNode, OptionalSend, RaftNetworkFactory, RaftNetworkV2, Snapshot,
     alias::SnapshotOf,
     errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable},
     network::RPCOption,
@@ -23,7 +24,7 @@ use openraft::{
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     sync::oneshot,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use verdict_failpoints::failpoint;
 use verdict_proto::v1;
@@ -33,7 +34,7 @@ use crate::{
     disk::apart,
     node::Node,
     peer::{self, Answer, Peer, kind},
-    snapshot::{self, SnapshotFile},
+    snapshot::{Contents, SnapshotFile},
     storage::Storage,
     types::{LogId, Types, Vote},
 };
@@ -43,6 +44,8 @@ const APPENDS_IN_FLIGHT: usize = 64;
 /// So long may it take until followers hear what is committed, if nothing else is to be said. They apply it as much later, and nobody
 /// waits for that: it is the leader that answers.
 const COMMITTED_WAITS: Duration = Duration::from_millis(10);
+/// So long after a snapshot was installed its leader sends the entries behind it, at the latest.
+const REPLICATION_GOES_ON_WITHIN: Duration = Duration::from_secs(1);
 /// A snapshot travels in pieces of this size.
 const SNAPSHOT_CHUNK_BYTES: usize = 512 << 10;
 
@@ -99,38 +102,38 @@ impl Line {
         Duration::from_millis(self.node.config.timing.request_timeout_ms)
     }
 
-    /// A damaged snapshot isn't sent: nobody would take it. At the next start it is set aside, and another one is made.
-    async fn check_snapshot(&self, snapshot: &SnapshotFile) -> Result<(), Error> {
-        let (file, group) = (snapshot.clone(), GroupId(self.group));
-        let checked = apart(&self.node.storage, move || snapshot::verify(&file, group)).await;
-        let checked = checked.map_err(|error| unreachable(error.to_string()))?;
-        checked.map(drop).map_err(|error| {
-            let why = format!("read {}: {error}; start the node again", snapshot.path.display());
-            self.node.fatal.raise(&why);
-            unreachable(why)
-        })
-    }
-
+    /// Writes the state to a file and sends it. Only to a node that answers: what is written costs as much as reading the whole state.
     async fn send_snapshot(
         &self,
         vote: &Vote,
-        snapshot: &SnapshotFile,
+        Snapshot { meta, snapshot }: SnapshotOf<Types, Contents>,
     ) -> Result<SnapshotResponse<Types>, Error> {
-        self.check_snapshot(snapshot).await?;
+        let asked = self.peer.request(self.group, kind::GREET, Vec::new()).await;
+        wait_for_body(asked, self.patience()).await?;
+        let stopped = || unreachable("this node stops".to_owned());
+        let sending = self.node.endpoint(self.group).ok_or_else(stopped)?.send_snapshot();
+        let writing = apart(&self.node.storage, move || snapshot.file(&meta)).await;
+        let file = writing
+            .map_err(|error| unreachable(error.to_string()))?
+            .map_err(|error| unreachable(format!("write a snapshot: {error}")))?;
         let first = v1::SnapshotChunk {
             hello: Some(self.node.hello(self.peer.id())),
             group: self.group,
             header: encode(vote).into(),
             data: Default::default(),
         };
-        let chunks = chunks(self.group, first, snapshot.clone(), self.node.storage.clone());
+        let chunks = chunks(self.group, first, file, self.node.storage.clone());
         let mut client = peer::client(&self.node, self.peer.address()).map_err(unreachable)?;
         // Named: the compiler can't see through an opaque future that holds a stream.
-        let sending: BoxFuture<'_, Result<_, tonic::Status>> = Box::pin(client.snapshot(chunks));
-        let reply = sending.await.map_err(|status| {
+        let sent: BoxFuture<'_, Result<_, tonic::Status>> = Box::pin(client.snapshot(chunks));
+        let reply = sent.await.map_err(|status| {
             peer::heed(&self.node, &status);
             unreachable(status.to_string())
         })?;
+        tokio::spawn(async move {
+            sleep(REPLICATION_GOES_ON_WITHIN).await;
+            drop(sending);
+        });
         decode(&reply.into_inner().body)
     }
 }
@@ -158,7 +161,7 @@ fn chunks(
 }
 
 impl RaftNetworkV2<Types> for Line {
-    type SnapshotData = SnapshotFile;
+    type SnapshotData = Contents;
 
     async fn append_entries(
         &mut self,
@@ -222,12 +225,12 @@ impl RaftNetworkV2<Types> for Line {
     async fn full_snapshot(
         &mut self,
         vote: Vote,
-        snapshot: SnapshotOf<Types, SnapshotFile>,
+        snapshot: SnapshotOf<Types, Contents>,
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
         let patience = Duration::from_millis(self.node.config.timing.snapshot_timeout_ms);
-        let sent = timeout(patience, self.send_snapshot(&vote, &snapshot.snapshot));
+        let sent = timeout(patience, self.send_snapshot(&vote, snapshot));
         match select(Box::pin(sent), Box::pin(cancel)).await {
             Either::Left((Ok(reply), _)) => Ok(reply?),
             Either::Left((Err(_), _)) => Err(late().into()),
@@ -273,8 +276,12 @@ async fn wait<Reply: DeserializeOwned>(
     answer: oneshot::Receiver<Answer>,
     patience: Duration,
 ) -> Result<Reply, Error> {
+    decode(&wait_for_body(answer, patience).await?)
+}
+
+async fn wait_for_body(answer: oneshot::Receiver<Answer>, patience: Duration) -> Result<Bytes, Error> {
     match timeout(patience, answer).await {
-        Ok(Ok(Answer::Reply(body))) => decode(&body),
+        Ok(Ok(Answer::Reply(body))) => Ok(body),
         Ok(Ok(Answer::Error(why))) => Err(NetworkError::from_string(why).into()),
         Ok(Err(_)) => Err(unreachable("no connection".to_owned())),
         Err(_) => Err(late()),

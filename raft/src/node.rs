@@ -18,7 +18,7 @@ use crate::{
     fatal::Fatal,
     gate::Gate,
     peer::Peer,
-    snapshot::SnapshotFile,
+    snapshot::{Sending, SnapshotFile},
     standing::{Greeted, Life, Standing, Standings, Start, standing_key},
     storage::Storage,
     writer::{Operation, Writer},
@@ -31,6 +31,9 @@ pub(crate) trait Endpoint: Send + Sync {
 
     /// A name for a file that is being received.
     fn temporary(&self) -> std::path::PathBuf;
+
+    /// Keeps the log behind the newest snapshot for as long as what is given lives.
+    fn send_snapshot(&self) -> Sending;
 
     /// Installs a snapshot that was received whole.
     fn install(&self, vote: Bytes, file: SnapshotFile) -> BoxFuture<'static, Result<Vec<u8>, String>>;

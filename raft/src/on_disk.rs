@@ -95,11 +95,6 @@ impl Storage for OnDisk {
         Ok(Arc::new(PlainFile(options.open(path)?)))
     }
 
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        fs::rename(from, to)?;
-        sync_folder(to.parent().ok_or_else(|| io::Error::other("a file stands in a folder"))?)
-    }
-
     fn remove(&self, path: &Path) -> io::Result<()> {
         fs::remove_file(path)
     }

@@ -27,11 +27,11 @@ use crate::{
     fatal::Fatal,
     log::{GroupLog, LogStore},
     replica::{Replica, StateMachine},
-    snapshot::{self, Snapshots},
+    snapshot::{self, Contents as SnapshotContents, SnapshotFile, Snapshots, Source as _},
     standing::Life,
     state::StoreLimits,
     storage::{Batch, Cursor, File, Open, Reads, Start, Storage, Table, Tables},
-    types::{Command, Entry, LogId, Vote},
+    types::{Command, Entry, LogId, SnapshotMeta, Vote},
     writer::{Running, Writer},
 };
 
@@ -50,11 +50,19 @@ struct Contents {
 struct Inner {
     now: Contents,
     synced: Contents,
+    /// Files without a name.
+    removed: BTreeMap<PathBuf, Vec<u8>>,
     /// The state after each batch since it was last made durable: a loss of power may leave any of them.
     states: Vec<Pairs>,
     /// The power is lost before the step after so many others.
     steps_left: Option<u64>,
     lost: bool,
+}
+
+impl Inner {
+    fn file(&self, path: &Path) -> Option<&Vec<u8>> {
+        self.now.files.get(path).or_else(|| self.removed.get(path))
+    }
 }
 
 /// The disk. `Log` and `Meta` are synced together, the state and each file by itself; names at once.
@@ -271,22 +279,16 @@ impl Batch for RamBatch {
 }
 
 #[derive(Debug)]
-struct RamFile(Forgetful, Mutex<PathBuf>);
-
-impl RamFile {
-    fn path(&self) -> PathBuf {
-        self.1.lock().unwrap().clone()
-    }
-}
+struct RamFile(Forgetful, PathBuf);
 
 impl File for RamFile {
     fn bytes(&self) -> io::Result<u64> {
-        Ok(self.0.inner().now.files.get(&self.path()).map_or(0, |bytes| bytes.len() as u64))
+        Ok(self.0.inner().file(&self.1).map_or(0, |bytes| bytes.len() as u64))
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let inner = self.0.inner();
-        let bytes = inner.now.files.get(&self.path()).ok_or(io::ErrorKind::NotFound)?;
+        let bytes = inner.file(&self.1).ok_or(io::ErrorKind::NotFound)?;
         let found = bytes.get(offset as usize..).and_then(|rest| rest.get(..buffer.len()));
         buffer.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
@@ -294,7 +296,7 @@ impl File for RamFile {
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.0.step(|inner| {
-            let file = inner.now.files.entry(self.path()).or_default();
+            let file = inner.now.files.entry(self.1.clone()).or_default();
             file.resize(file.len().max(offset as usize + bytes.len()), 0);
             file[offset as usize..][..bytes.len()].copy_from_slice(bytes);
         })
@@ -302,8 +304,8 @@ impl File for RamFile {
 
     fn sync(&self) -> io::Result<()> {
         self.0.step(|inner| {
-            let file = inner.now.files.get(&self.path()).cloned().unwrap_or_default();
-            inner.synced.files.insert(self.path(), file);
+            let file = inner.file(&self.1).cloned().unwrap_or_default();
+            inner.synced.files.insert(self.1.clone(), file);
         })
     }
 }
@@ -331,22 +333,14 @@ impl Storage for Forgetful {
             Open::OrCreate => drop(inner.now.files.entry(path.to_owned()).or_default()),
             Open::Empty => drop(inner.now.files.insert(path.to_owned(), Vec::new())),
         }
-        Ok(Arc::new(RamFile(self.clone(), Mutex::new(path.to_owned()))))
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.step(|inner| {
-            for contents in [&mut inner.now, &mut inner.synced] {
-                // Under the new name there is only what was synced under the old one.
-                let bytes = contents.files.remove(from).unwrap_or_default();
-                contents.files.insert(to.to_owned(), bytes);
-            }
-        })
+        Ok(Arc::new(RamFile(self.clone(), path.to_owned())))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.step(|inner| {
-            inner.now.files.remove(path);
+            // Whoever has it open reads it still.
+            let file = inner.now.files.remove(path).unwrap_or_default();
+            inner.removed.insert(path.to_owned(), file);
             inner.synced.files.remove(path);
         })
     }
@@ -400,7 +394,7 @@ fn opened(disk: &Forgetful) -> io::Result<Opened> {
     let tables = tables(disk);
     let snapshots = snapshot_directory(folder());
     snapshot::clean_up(disk, &snapshots)?;
-    let snapshots = Snapshots::open(Arc::new(disk.clone()), &snapshots, GROUP)?;
+    let snapshots = Snapshots::new(Arc::new(disk.clone()), &snapshots, GROUP);
     let acknowledged = Acknowledged::open(disk, folder())?;
     let mark = acknowledged.marks().get(&GROUP.0).copied().unwrap_or_else(Mark::default);
     let log = GroupLog::open(tables.clone(), GROUP, 0, mark)?;
@@ -499,7 +493,7 @@ async fn what_is_purged_is_in_the_state() {
     let mut node = opened(&Forgetful::default()).unwrap();
     node.store.blocking_append((0..10).map(entry)).await.unwrap();
     node.apply((0..10).map(entry).collect()).await.unwrap();
-    node.machine.0.ensure_snapshot().unwrap();
+    node.machine.0.snapshot().unwrap();
     node.store.purge(log_id(8)).await.unwrap();
     let mut again = node.again();
     assert_eq!(again.log.purged().map(|id| id.index), Some(8));
@@ -520,7 +514,7 @@ async fn what_is_lost_of_the_state_is_still_in_the_log() {
         node.apply(entries().collect()).await.unwrap();
         node.machine.0.flush().unwrap();
         if round == 1 {
-            node.machine.0.ensure_snapshot().unwrap();
+            node.machine.0.snapshot().unwrap();
             node.store.purge(log_id(15)).await.unwrap();
         }
         for mut again in node.all_again() {
@@ -539,24 +533,14 @@ async fn what_is_lost_of_the_state_is_still_in_the_log() {
 
 /// Damage, as no loss of power leaves it: the state is that of an earlier day.
 #[tokio::test]
-async fn a_state_that_ends_before_the_log_begins_is_refused_unless_a_snapshot_fills_the_gap() {
+async fn a_state_that_ends_before_the_log_begins_is_refused() {
     let mut node = opened(&Forgetful::default()).unwrap();
     node.store.blocking_append((0..10).map(entry)).await.unwrap();
     node.apply((0..10).map(entry).collect()).await.unwrap();
-    node.machine.0.ensure_snapshot().unwrap();
+    node.machine.0.snapshot().unwrap();
     node.store.purge(log_id(8)).await.unwrap();
     let disk = node.disk.after_loss();
     disk.inner().now.tables[Table::State as usize].clear();
-    let mut again = opened(&disk).unwrap();
-    again.machine.0.check_reaches(again.log.purged()).unwrap();
-    let (meta, file) = again.machine.0.snapshots.current().unwrap();
-    again.machine.install_snapshot(&meta, file).await.unwrap();
-    assert_eq!(again.applied(), Some(9));
-    assert!((1..10).all(|index| again.again().holds(index)));
-    // And without it.
-    let disk = node.disk.after_loss();
-    disk.inner().now.tables[Table::State as usize].clear();
-    disk.inner().now.files.retain(|path, _| path.extension().is_none_or(|end| end != "snapshot"));
     let again = opened(&disk).unwrap();
     let refused = again.machine.0.check_reaches(again.log.purged()).unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
@@ -564,29 +548,34 @@ async fn a_state_that_ends_before_the_log_begins_is_refused_unless_a_snapshot_fi
 }
 
 /// A snapshot of the first ten entries, as a file under a temporary name on another node's disk.
-async fn received(on: &Opened) -> snapshot::SnapshotFile {
+async fn received(on: &Opened) -> SnapshotFile {
     let mut source = opened(&Forgetful::default()).unwrap();
     source.apply((0..10).map(entry).collect()).await.unwrap();
-    source.machine.0.ensure_snapshot().unwrap();
-    let (_, sent) = source.machine.0.snapshots.current().unwrap();
+    source.machine.0.flush().unwrap();
+    let sent = source.machine.0.write_snapshot(Some(log_id(9))).unwrap();
     let bytes = sent.read_at(0, usize::MAX).unwrap();
-    let path = on.machine.0.snapshots.temporary();
-    let file = on.disk.open(&path, Open::Empty).unwrap();
+    let file = on.disk.open(&on.machine.0.snapshots.temporary(), Open::Empty).unwrap();
     file.write_all_at(&bytes, 0).unwrap();
-    snapshot::received(&on.disk, &*file, path, GROUP).unwrap()
+    snapshot::received(file, GROUP).unwrap()
+}
+
+/// What was received, with what it covers.
+async fn received_whole(on: &Opened) -> (SnapshotMeta, SnapshotContents) {
+    let file = received(on).await;
+    (snapshot::meta(&file, GROUP).unwrap(), SnapshotContents::File(file))
 }
 
 /// Who has installed a snapshot counts as one of those who have all of its entries.
 #[tokio::test]
 async fn an_installed_snapshot_survives() {
     let mut node = opened(&Forgetful::default()).unwrap();
-    let file = received(&node).await;
-    let meta = snapshot::meta(&file, GROUP).unwrap();
+    let (meta, file) = received_whole(&node).await;
     node.machine.install_snapshot(&meta, file).await.unwrap();
+    assert_eq!(node.machine.0.snapshots.point(), Some(meta.clone()));
     let again = node.again();
     assert_eq!(again.applied(), Some(9));
     assert!((1..10).all(|index| again.holds(index)));
-    assert!(again.machine.0.snapshots.current().is_some(), "it can be passed on");
+    assert_eq!(again.machine.0.snapshots.point(), Some(meta), "it can be passed on");
 }
 
 /// The power is lost before each write and each sync of an install and of the purge that follows: what is found is the state before or
@@ -599,8 +588,7 @@ async fn a_loss_of_power_anywhere_in_an_install_leaves_the_old_state_or_the_new_
         let mut node = opened(&Forgetful::default()).unwrap();
         node.store.blocking_append((0..3).map(entry)).await.unwrap();
         node.apply((0..3).map(entry).collect()).await.unwrap();
-        let file = received(&node).await;
-        let meta = snapshot::meta(&file, GROUP).unwrap();
+        let (meta, file) = received_whole(&node).await;
         node.disk.inner().steps_left = Some(steps);
         let installed = node.machine.install_snapshot(&meta, file).await.is_ok();
         let purged = installed && node.store.purge(log_id(9)).await.is_ok();
@@ -612,7 +600,7 @@ async fn a_loss_of_power_anywhere_in_an_install_leaves_the_old_state_or_the_new_
             assert!((1..10).all(|index| again.holds(index) == held(index)), "before step {steps}");
             found[usize::from(new)] += 1;
             // It can be done again.
-            let file = received(&again).await;
+            let (meta, file) = received_whole(&again).await;
             again.machine.install_snapshot(&meta, file).await.unwrap();
             for again in again.all_again() {
                 assert!((1..10).all(|index| again.holds(index)), "before step {steps}");
@@ -658,18 +646,41 @@ async fn promises_are_counted_by_what_is_durable() {
     assert_eq!(node.again().writer.promises(), told);
 }
 
-/// By a snapshot others catch up, and behind it the log is purged.
+/// Behind a snapshot the log is purged, and from it others catch up.
 #[tokio::test]
 async fn a_snapshot_that_was_made_survives_and_no_older_one_takes_its_place() {
     let mut node = opened(&Forgetful::default()).unwrap();
     node.apply((0..13).map(entry).collect()).await.unwrap();
-    node.machine.0.ensure_snapshot().unwrap();
-    let newest = |node: &Opened| node.machine.0.snapshots.current().and_then(|(meta, _)| meta.last_log_id);
-    assert_eq!(newest(&node.again()), Some(log_id(12)), "its name was there before its contents were");
-    let older = received(&node).await;
-    let meta = snapshot::meta(&older, GROUP).unwrap();
-    node.machine.0.snapshots.publish(&older.path, meta).unwrap();
+    let newest = |node: &Opened| node.machine.0.snapshots.point().and_then(|meta| meta.last_log_id);
+    assert_eq!(newest(&node), None);
+    node.machine.0.snapshot().unwrap();
     assert_eq!(newest(&node), Some(log_id(12)));
+    assert_eq!(newest(&node.again()), Some(log_id(12)), "it counted before its state was on disk");
+    let (older, _) = received_whole(&node).await;
+    node.machine.0.snapshots.advance(older);
+    assert_eq!(newest(&node), Some(log_id(12)));
+}
+
+/// A leader goes on while it sends: what is sent is at least what was promised, and a state that doesn't go so far is not sent.
+#[tokio::test]
+async fn what_is_sent_goes_at_least_as_far_as_the_snapshot() {
+    let mut node = opened(&Forgetful::default()).unwrap();
+    node.apply((0..5).map(entry).collect()).await.unwrap();
+    let meta = node.machine.0.snapshot().unwrap();
+    node.apply((5..8).map(entry).collect()).await.unwrap();
+    node.machine.0.flush().unwrap();
+    let reaches = |file: &SnapshotFile| snapshot::meta(file, GROUP).unwrap().last_log_id;
+    let sent = node.machine.0.write_snapshot(meta.last_log_id).unwrap();
+    assert_eq!(reaches(&sent), Some(log_id(7)));
+    assert!(node.machine.0.write_snapshot(Some(log_id(8))).is_err());
+    // Kept for whoever needs it next, and not when there is a newer snapshot.
+    node.apply((8..9).map(entry).collect()).await.unwrap();
+    node.machine.0.flush().unwrap();
+    assert_eq!(reaches(&node.machine.0.write_snapshot(Some(log_id(7))).unwrap()), Some(log_id(7)));
+    node.machine.0.snapshot().unwrap();
+    assert_eq!(reaches(&node.machine.0.write_snapshot(Some(log_id(7))).unwrap()), Some(log_id(8)));
+    assert_eq!(node.disk.list(&snapshot_directory(folder())).unwrap(), [] as [PathBuf; 0]);
+    assert_eq!(node.all_again().len(), 1, "all of it is in tables");
 }
 
 /// Others rely on the vote and on the entries alike.

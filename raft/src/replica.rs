@@ -19,10 +19,7 @@ use openraft::{
     EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapshot,
     storage::{ApplyResponder, EntryResponder, RaftStateMachine},
 };
-use tokio::{
-    sync::{oneshot, watch},
-    task::JoinHandle,
-};
+use tokio::sync::watch;
 use verdict_failpoints::failpoint;
 use verdict_protocol::{
     ids::GroupId,
@@ -33,7 +30,7 @@ use verdict_protocol::{
 use crate::{
     disk::{Disk, GroupKey, apart, damaged, group_key},
     fatal::Fatal,
-    snapshot::{SnapshotFile, Snapshots},
+    snapshot::{Contents, SnapshotFile, Snapshots, Source},
     state::{AppliedState, GroupStore, StoreLimits, remove_other_generations},
     storage::Storage,
     types::{Entry, LogId, Reply, SnapshotMeta, StoredMembership, Types},
@@ -77,6 +74,10 @@ impl<M: Machine> Replica<M> {
         let storage = disk.storage().clone();
         let core = Core::open(disk, group, generation, &config, limits)?;
         let applied = watch::Sender::new(core.state.applied);
+        if core.state.applied.is_some() {
+            // What is found is in tables.
+            snapshots.advance(core.state.covered());
+        }
         Ok(Replica { group, config, limits, core: Mutex::new(core), applied, snapshots, storage, fatal })
     }
 
@@ -99,7 +100,7 @@ impl<M: Machine> Replica<M> {
     /// Writes all that is applied, for tests.
     #[cfg(test)]
     pub(crate) fn flush(&self) -> io::Result<()> {
-        self.flushed().map(drop)
+        self.take().map(drop)
     }
 
     /// Lets go of the database.
@@ -121,15 +122,6 @@ impl<M: Machine> Replica<M> {
 
     fn lock(&self) -> MutexGuard<'_, Core<M>> {
         self.core.lock().expect("the machine panicked earlier, and the node has stopped")
-    }
-
-    /// The database and the generation in it that counts, once all that is applied is there.
-    fn flushed(&self) -> io::Result<(Arc<Disk>, u32)> {
-        let mut core = self.lock();
-        self.fatal.check()?;
-        self.write_state(&mut core)?;
-        drop(core);
-        self.disk()
     }
 
     /// Writes what is applied, unless the host has just let go of the database: that has written it.
@@ -215,36 +207,44 @@ impl<M: Machine> Replica<M> {
         outcome
     }
 
-    /// Fails if neither the state nor the newest snapshot goes as far as the log was purged: what is missing is nowhere. If the
-    /// snapshot does, openraft installs it before anything else.
+    /// Fails if the state doesn't go as far as the log was purged: what is missing is nowhere.
     pub(crate) fn check_reaches(&self, purged: Option<LogId>) -> io::Result<()> {
         let applied = *self.applied.borrow();
-        let snapshot = self.snapshots.current().and_then(|(meta, _)| meta.last_log_id);
-        if applied.max(snapshot) < purged {
-            let index =
-                |id: Option<LogId>| id.map_or("nothing".to_owned(), |id| format!("entry {}", id.index));
-            return Err(damaged(&format!(
-                "the log of group {} was purged up to {}, but its state on disk ends at {} and its newest snapshot at {}",
-                self.group,
-                index(purged),
-                index(applied),
-                index(snapshot)
-            )));
+        if applied >= purged {
+            return Ok(());
         }
-        if applied < purged {
-            tracing::warn!(group = %self.group, "the state on disk is behind the log; it starts from the newest snapshot");
-        }
-        Ok(())
+        let index = |id: Option<LogId>| id.map_or("nothing".to_owned(), |id| format!("entry {}", id.index));
+        Err(damaged(&format!(
+            "the log of group {} was purged up to {}, but its state on disk ends at {}",
+            self.group,
+            index(purged),
+            index(applied)
+        )))
     }
 
-    /// Makes a snapshot of all that is applied, if there is none.
-    pub(crate) fn ensure_snapshot(&self) -> io::Result<()> {
-        let newest = self.snapshots.current().and_then(|(meta, _)| meta.last_log_id);
-        if newest < *self.applied.borrow() {
-            let (disk, generation) = self.flushed()?;
-            self.snapshots.build(&disk, generation, || {})?;
-        }
-        Ok(())
+    /// Writes all that is applied. Gives what a snapshot of it covers, and the database.
+    fn take(&self) -> io::Result<(Arc<Disk>, SnapshotMeta)> {
+        let mut core = self.lock();
+        self.fatal.check()?;
+        self.write_state(&mut core)?;
+        let disk = core.disk.clone().ok_or_else(|| io::Error::other("the host was shut down"))?;
+        Ok((disk, core.state.covered()))
+    }
+
+    /// Makes a snapshot of what was taken.
+    fn make_snapshot(&self, disk: &Disk, meta: SnapshotMeta) -> io::Result<SnapshotMeta> {
+        failpoint!(SNAPSHOT_TAKEN, self.group.0, fails)?;
+        disk.tables().make_state_durable()?;
+        failpoint!(SNAPSHOT_DURABLE, self.group.0, fails)?;
+        self.snapshots.advance(meta.clone());
+        Ok(meta)
+    }
+
+    /// Makes a snapshot of all that is applied, for tests.
+    #[cfg(test)]
+    pub(crate) fn snapshot(&self) -> io::Result<SnapshotMeta> {
+        let (disk, meta) = self.take()?;
+        self.make_snapshot(&disk, meta)
     }
 
     fn install(&self, file: &SnapshotFile) -> io::Result<()> {
@@ -252,7 +252,6 @@ impl<M: Machine> Replica<M> {
         let generation = before.checked_add(1).expect("four billion snapshots are never installed");
         remove_other_generations(&disk, self.group, before)?;
         let meta = self.snapshots.load(&disk, file, generation)?;
-        self.snapshots.publish(&file.path, meta)?;
         failpoint!(INSTALL_BEFORE_SWITCH, self.group.0, fails)?;
         // From this write on the new state counts. It is all on disk.
         disk.write_meta(&group_key(self.group, GroupKey::Generation), &generation)?;
@@ -260,6 +259,7 @@ impl<M: Machine> Replica<M> {
         let core = Core::open(disk.clone(), self.group, generation, &self.config, self.limits)?;
         let applied = core.state.applied;
         *self.lock() = core;
+        self.snapshots.advance(meta);
         self.applied.send_replace(applied);
         remove_other_generations(&disk, self.group, generation)
     }
@@ -311,8 +311,8 @@ fn of_store(StoreError(what): StoreError) -> io::Error {
 pub(crate) struct StateMachine<M: Machine>(pub(crate) Arc<Replica<M>>);
 
 impl<M: Machine> RaftStateMachine<Types> for StateMachine<M> {
-    type SnapshotData = SnapshotFile;
-    type SnapshotBuilder = Building;
+    type SnapshotData = Contents;
+    type SnapshotBuilder = Building<M>;
 
     async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
         let state = self.0.lock().state.clone();
@@ -339,26 +339,19 @@ impl<M: Machine> RaftStateMachine<Types> for StateMachine<M> {
         if together.is_empty() { Ok(()) } else { self.0.apply_or_stop(together).await }
     }
 
-    async fn get_snapshot_builder(&mut self) -> Building {
-        let (taken, wait) = oneshot::channel();
+    async fn get_snapshot_builder(&mut self) -> Building<M> {
         let replica = self.0.clone();
-        let job = apart(&self.0.storage, move || {
-            let (disk, generation) = replica.flushed()?;
-            let told = move || {
-                // Whoever waited may have been stopped.
-                let _ = taken.send(());
-            };
-            let built = replica.snapshots.build(&disk, generation, told);
-            built.map(|(meta, snapshot)| Snapshot { meta, snapshot })
-        });
-        // What is applied from now on isn't part of it. An error shows when the job is waited for.
-        let _ = wait.await;
-        Building(Some(job))
+        // What is applied from now on isn't part of it. An error shows when it is made.
+        let taken = apart(&self.0.storage, move || replica.take()).await;
+        Building {
+            replica: self.0.clone(),
+            taken: Some(taken.unwrap_or_else(|error| Err(io::Error::other(error)))),
+        }
     }
 
-    async fn install_snapshot(&mut self, _: &SnapshotMeta, snapshot: SnapshotFile) -> io::Result<()> {
-        let replica = self.0.clone();
-        let job = apart(&self.0.storage, move || replica.install(&snapshot));
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Contents) -> io::Result<()> {
+        let (replica, meta) = (self.0.clone(), meta.clone());
+        let job = apart(&self.0.storage, move || replica.install(&snapshot.file(&meta)?));
         let outcome = job.await.unwrap_or_else(|error| Err(io::Error::other(error.to_string())));
         if let Err(error) = &outcome {
             self.0.fatal.raise(&format!("install a snapshot of group {}: {error}", self.0.group));
@@ -368,23 +361,41 @@ impl<M: Machine> RaftStateMachine<Types> for StateMachine<M> {
 
     async fn get_current_snapshot(
         &mut self,
-    ) -> io::Result<Option<openraft::alias::SnapshotOf<Types, SnapshotFile>>> {
-        let current = self.0.snapshots.current();
-        Ok(current.map(|(meta, snapshot)| Snapshot { meta, snapshot }))
+    ) -> io::Result<Option<openraft::alias::SnapshotOf<Types, Contents>>> {
+        let contents = Contents::State(self.0.clone());
+        Ok(self.0.snapshots.point().map(|meta| Snapshot { meta, snapshot: contents }))
     }
 }
 
-type Built = io::Result<openraft::alias::SnapshotOf<Types, SnapshotFile>>;
+impl<M: Machine> Source for Replica<M> {
+    fn write_snapshot(&self, least: Option<LogId>) -> io::Result<SnapshotFile> {
+        let (disk, generation) = self.disk()?;
+        let written = self.snapshots.write(&disk, generation, least);
+        if let Err(error) = &written
+            && error.kind() == io::ErrorKind::InvalidData
+        {
+            self.fatal.raise(&format!("read the state of group {}: {error}", self.group));
+        }
+        written
+    }
+}
 
-/// A snapshot that is being written.
-pub(crate) struct Building(Option<JoinHandle<Built>>);
+/// A snapshot that is being made.
+pub(crate) struct Building<M: Machine> {
+    replica: Arc<Replica<M>>,
+    taken: Option<io::Result<(Arc<Disk>, SnapshotMeta)>>,
+}
 
-impl RaftSnapshotBuilder<Types> for Building {
-    type SnapshotData = SnapshotFile;
+impl<M: Machine> RaftSnapshotBuilder<Types> for Building<M> {
+    type SnapshotData = Contents;
 
-    async fn build_snapshot(&mut self) -> Built {
-        let job = self.0.take().ok_or_else(|| io::Error::other("a snapshot is built once"))?;
-        job.await.unwrap_or_else(|error| Err(io::Error::other(error.to_string())))
+    async fn build_snapshot(&mut self) -> io::Result<openraft::alias::SnapshotOf<Types, Contents>> {
+        let (disk, meta) =
+            self.taken.take().ok_or_else(|| io::Error::other("a snapshot is built once"))??;
+        let replica = self.replica.clone();
+        let made = apart(&self.replica.storage, move || replica.make_snapshot(&disk, meta));
+        let meta = made.await.map_err(io::Error::other)??;
+        Ok(Snapshot { meta, snapshot: Contents::State(self.replica.clone()) })
     }
 }
 

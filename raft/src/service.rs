@@ -101,7 +101,7 @@ impl raft_server::Raft for Service {
             Ok(file) => endpoint.install(first.header, file).await.map_err(Status::aborted),
             Err(status) => Err(status),
         };
-        // Installed, it has another name; else it is of no use.
+        // Installed, all of it is in the state; else it is of no use. At the next start it would be removed, too.
         let _ = storage.remove(&path);
         Ok(Response::new(v1::SnapshotReply { body: installed?.into() }))
     }
@@ -142,8 +142,7 @@ async fn receive(
             None => break,
         }
     }
-    let (path, reading) = (path.to_owned(), storage.clone());
-    let checked = apart(storage, move || snapshot::received(&*reading, &*file, path, GroupId(group)));
+    let checked = apart(storage, move || snapshot::received(file, GroupId(group)));
     checked.await.map_err(|error| Status::internal(error.to_string()))?.map_err(failed)
 }
 

@@ -1,17 +1,16 @@
-//! Snapshots: files with the whole state of a group at one log id.
+//! Snapshots: a point up to which the state of a group is on disk, and files with the whole state for replicas that need it.
 //!
-//! A file is written aside, synced, and renamed; it ends with the hash of all before it. So a file under its final name is
-//! whole, or its hash tells. The format is described in `docs/storage.md`.
-//!
-//! The log is purged behind a snapshot. A snapshot may turn out to be damaged, so the state that it was made of, or loaded into, is
-//! durable before it counts.
+//! A snapshot is made when all that is applied is in tables on disk: the log is purged behind it, and nothing is copied. Only when a
+//! replica needs what is purged, its leader writes the state, as it is then, to a file and sends it. The file ends with the hash of all
+//! before it, so whoever has received it knows that it is whole. It has a name only while it is written or received: nothing that
+//! must last is in it. The format is described in `docs/storage.md`.
 
 use std::{
     io::{self, BufReader, Read},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -23,14 +22,14 @@ use crate::{
     disk::{Disk, damaged, unseal},
     state::{AppliedState, prefix, prefix_end},
     storage::{File, Open, Start, Storage, Table},
-    types::{SnapshotMeta, checksum},
+    types::{LogId, SnapshotMeta, checksum},
 };
 
 /// First bytes of a file: "VERDICT", then the version of the format.
 const MAGIC: &[u8; 8] = b"VERDICT\x01";
 /// Pairs of keys and values are gathered into chunks of this size.
 const CHUNK_BYTES: usize = 256 << 10;
-/// A file that is written is synced each time it has grown by so much: all at once would hold up the syncs of the log.
+/// A file that is written goes to the disk each time it has grown by so much: all at once would hold up the syncs of the log.
 const SYNCED_BYTES: u64 = 4 << 20;
 /// A chunk larger than this is damage. A single pair may make a chunk larger than [`CHUNK_BYTES`].
 const CHUNK_BYTES_MAX: u32 = 256 << 20;
@@ -45,19 +44,17 @@ struct Header {
     meta: SnapshotMeta,
 }
 
-/// A whole snapshot file, held open: it can be read even after it was replaced.
+/// A whole snapshot file, held open: it can be read even after it was removed.
 #[derive(Clone, Debug)]
 pub(crate) struct SnapshotFile {
-    pub(crate) path: PathBuf,
     pub(crate) file: Arc<dyn File>,
     pub(crate) bytes: u64,
 }
 
 impl SnapshotFile {
-    fn open(storage: &dyn Storage, path: PathBuf) -> io::Result<SnapshotFile> {
-        let file = storage.open(&path, Open::Existing)?;
+    fn new(file: Arc<dyn File>) -> io::Result<SnapshotFile> {
         let bytes = file.bytes()?;
-        Ok(SnapshotFile { path, file, bytes })
+        Ok(SnapshotFile { file, bytes })
     }
 
     /// The next bytes from `offset`, at most `bytes_max` of them; none at the end.
@@ -69,82 +66,146 @@ impl SnapshotFile {
     }
 }
 
+/// Whoever has the state of a group on disk, and can write it to a file.
+pub(crate) trait Source: Send + Sync {
+    /// The state as it is now, at `least` or later. May take as long as reading all of it.
+    fn write_snapshot(&self, least: Option<LogId>) -> io::Result<SnapshotFile>;
+}
+
+/// What a snapshot is made of.
+#[derive(Clone)]
+pub(crate) enum Contents {
+    /// The state of a replica here, which goes as far as the snapshot says, or further.
+    State(Arc<dyn Source>),
+    /// A file that was received.
+    File(SnapshotFile),
+}
+
+impl Contents {
+    /// A file with all of it.
+    pub(crate) fn file(&self, meta: &SnapshotMeta) -> io::Result<SnapshotFile> {
+        match self {
+            Contents::State(source) => source.write_snapshot(meta.last_log_id),
+            Contents::File(file) => Ok(file.clone()),
+        }
+    }
+}
+
 /// The snapshots of one group.
 pub(crate) struct Snapshots {
     storage: Arc<dyn Storage>,
     group: GroupId,
     directory: PathBuf,
-    current: Mutex<Option<(SnapshotMeta, SnapshotFile)>>,
+    point: Mutex<Option<SnapshotMeta>>,
+    /// What was last written for others, until the next snapshot: two may need it, or one again.
+    written: Mutex<Option<(SnapshotMeta, SnapshotFile)>>,
+    sending: Arc<AtomicUsize>,
     stop: AtomicBool,
 }
 
+/// While it lives, somebody needs the log behind the snapshot.
+#[derive(Debug)]
+pub(crate) struct Sending(Arc<AtomicUsize>);
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Snapshots {
-    /// Finds the newest whole snapshot of a group and removes older ones.
-    pub(crate) fn open(storage: Arc<dyn Storage>, directory: &Path, group: GroupId) -> io::Result<Snapshots> {
-        let mut found: Vec<PathBuf> = Vec::new();
-        for path in storage.list(directory)? {
-            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            if name.starts_with(&format!("{:08}-", group.0)) && name.ends_with(".snapshot") {
-                found.push(path);
-            }
+    pub(crate) fn new(storage: Arc<dyn Storage>, directory: &Path, group: GroupId) -> Snapshots {
+        Snapshots {
+            storage,
+            group,
+            directory: directory.to_owned(),
+            point: Mutex::default(),
+            written: Mutex::default(),
+            sending: Arc::default(),
+            stop: AtomicBool::new(false),
         }
-        let mut current = None;
-        while let Some(path) = found.pop() {
-            if current.is_some() {
-                storage.remove(&path)?;
-                continue;
-            }
-            let file = SnapshotFile::open(&*storage, path)?;
-            match verify(&file, group) {
-                Ok(meta) => current = Some((meta, file)),
-                // The state itself is in the database; a new snapshot will be made from it.
-                Err(_) => {
-                    tracing::warn!(path = %file.path.display(), "set a damaged snapshot aside");
-                    storage.rename(&file.path, &file.path.with_extension("damaged"))?;
-                }
-            }
-        }
-        let current = Mutex::new(current);
-        let (directory, stop) = (directory.to_owned(), AtomicBool::new(false));
-        Ok(Snapshots { storage, group, directory, current, stop })
     }
 
-    /// The newest snapshot.
-    pub(crate) fn current(&self) -> Option<(SnapshotMeta, SnapshotFile)> {
-        self.lock().clone()
+    /// What the newest snapshot covers.
+    pub(crate) fn point(&self) -> Option<SnapshotMeta> {
+        held(&self.point).clone()
     }
 
-    /// Gives up building.
+    /// The state up to there is in tables on disk, and counts: from now on the log may go. An older one changes nothing.
+    pub(crate) fn advance(&self, meta: SnapshotMeta) {
+        let mut point = held(&self.point);
+        if point.as_ref().is_none_or(|point| point.last_log_id < meta.last_log_id) {
+            *point = Some(meta);
+        }
+        drop(point);
+        held(&self.written).take();
+    }
+
+    /// Gives up writing.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
     }
 
-    /// A name for a file that isn't whole yet. Such files are removed when the host opens.
+    /// A snapshot is sent as long as what is given lives.
+    pub(crate) fn send(&self) -> Sending {
+        self.sending.fetch_add(1, Ordering::AcqRel);
+        Sending(self.sending.clone())
+    }
+
+    /// Whether somebody is sent a snapshot.
+    pub(crate) fn is_sending(&self) -> bool {
+        self.sending.load(Ordering::Acquire) > 0
+    }
+
+    /// A name for a file. What has one is removed when the host opens.
     pub(crate) fn temporary(&self) -> PathBuf {
         self.directory.join(format!("{:08}-{}.tmp", self.group.0, uuid::Uuid::new_v4().simple()))
     }
 
-    /// Writes the state of `generation` as it is now. `taken` is called as soon as later changes no longer matter.
-    pub(crate) fn build(
+    /// A file with the state of `generation`, at `least` or later. It has no name any more.
+    pub(crate) fn write(
         &self,
         disk: &Disk,
         generation: u32,
-        taken: impl FnOnce(),
+        least: Option<LogId>,
+    ) -> io::Result<SnapshotFile> {
+        // Whoever comes second waits, and gets the same.
+        let mut written = held(&self.written);
+        if let Some((meta, file)) = &*written
+            && meta.last_log_id >= least
+        {
+            return Ok(file.clone());
+        }
+        let path = self.temporary();
+        let wrote = self.write_to(&path, disk, generation, least);
+        let removed = self.storage.remove(&path);
+        let (meta, file) = wrote?;
+        removed?;
+        *written = Some((meta, file.clone()));
+        Ok(file)
+    }
+
+    fn write_to(
+        &self,
+        path: &Path,
+        disk: &Disk,
+        generation: u32,
+        least: Option<LogId>,
     ) -> io::Result<(SnapshotMeta, SnapshotFile)> {
         let view = disk.tables().view();
-        taken();
         let start = prefix(self.group, generation);
         let applied = view.get(Table::State, &[&start, APPLIED].concat())?;
         let state: AppliedState = match applied {
             None => AppliedState::default(),
             Some(value) => unseal(APPLIED, &value)?,
         };
-        let meta = SnapshotMeta { last_log_id: state.applied, last_membership: state.membership };
+        if state.applied < least {
+            return Err(io::Error::other("the state was replaced by another one"));
+        }
+        let meta = state.covered();
         let end = prefix_end(&start).expect("group and generation are never all ones");
         let mut cursor = view.cursor(Table::State, &start, Some(&end), Start::First);
-
-        let path = self.temporary();
-        let mut writer = FileWriter::create(&*self.storage, &path, self.group, &meta)?;
+        let mut writer = FileWriter::create(&*self.storage, path, self.group, &meta)?;
         while let Some((key, value)) = cursor.item() {
             if self.stop.load(Ordering::Acquire) {
                 return Err(io::Error::other("the host was shut down"));
@@ -153,40 +214,8 @@ impl Snapshots {
             cursor.next();
         }
         cursor.status()?;
-        failpoint!(SNAPSHOT_BUILDING, self.group.0, fails)?;
-        writer.finish()?;
-        // All that the view shows was written before.
-        disk.tables().make_state_durable()?;
-        failpoint!(SNAPSHOT_BEFORE_RENAME, self.group.0, fails)?;
-        self.publish(&path, meta)
-    }
-
-    /// Gives a whole, synced file its final name, and removes the one before it. An older snapshot than the current one is
-    /// dropped.
-    pub(crate) fn publish(
-        &self,
-        path: &Path,
-        meta: SnapshotMeta,
-    ) -> io::Result<(SnapshotMeta, SnapshotFile)> {
-        let mut current = self.lock();
-        if let Some((newest, file)) = &*current
-            && newest.last_log_id > meta.last_log_id
-        {
-            self.storage.remove(path)?;
-            return Ok((newest.clone(), file.clone()));
-        }
-        let index = meta.last_log_id.map_or(0, |id| id.index);
-        let name = self.directory.join(format!("{:08}-{index:020}.snapshot", self.group.0));
-        self.storage.rename(path, &name)?;
-        failpoint!(SNAPSHOT_RENAMED, self.group.0, fails)?;
-        let file = SnapshotFile::open(&*self.storage, name.clone())?;
-        let before = current.replace((meta.clone(), file.clone()));
-        if let Some((_, before)) = before
-            && before.path != name
-        {
-            self.storage.remove(&before.path)?;
-        }
-        Ok((meta, file))
+        failpoint!(SNAPSHOT_WRITING, self.group.0);
+        Ok((meta, writer.finish()?))
     }
 
     /// Loads a file into `generation`, which nobody reads yet, and checks the whole of it. Durable on return.
@@ -206,14 +235,14 @@ impl Snapshots {
         disk.tables().make_state_durable()?;
         Ok(reader.header.meta)
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, Option<(SnapshotMeta, SnapshotFile)>> {
-        self.current.lock().expect("nothing panics while it holds the lock of the snapshots")
-    }
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while it holds a lock of the snapshots")
 }
 
 /// Reads a file from end to end, and gives what it is a snapshot of.
-pub(crate) fn verify(file: &SnapshotFile, group: GroupId) -> io::Result<SnapshotMeta> {
+fn verify(file: &SnapshotFile, group: GroupId) -> io::Result<SnapshotMeta> {
     let mut reader = FileReader::open(file, group)?;
     while reader.chunk()?.is_some() {}
     Ok(reader.header.meta)
@@ -224,15 +253,9 @@ pub(crate) fn meta(file: &SnapshotFile, group: GroupId) -> io::Result<SnapshotMe
     FileReader::open(file, group).map(|reader| reader.header.meta)
 }
 
-/// A file that was received under a temporary name: durable, and whole.
-pub(crate) fn received(
-    storage: &dyn Storage,
-    written: &dyn File,
-    path: PathBuf,
-    group: GroupId,
-) -> io::Result<SnapshotFile> {
-    written.sync()?;
-    let file = SnapshotFile::open(storage, path)?;
+/// A file that was received, if it is whole.
+pub(crate) fn received(file: Arc<dyn File>, group: GroupId) -> io::Result<SnapshotFile> {
+    let file = SnapshotFile::new(file)?;
     verify(&file, group)?;
     Ok(file)
 }
@@ -292,7 +315,7 @@ impl FileWriter {
         self.write(&chunk)
     }
 
-    fn finish(mut self) -> io::Result<()> {
+    fn finish(mut self) -> io::Result<SnapshotFile> {
         if !self.chunk.is_empty() {
             self.flush_chunk()?;
         }
@@ -300,7 +323,7 @@ impl FileWriter {
         let hash = *self.hasher.finalize().as_bytes();
         self.waiting.extend_from_slice(&hash);
         self.flush()?;
-        self.file.sync()
+        SnapshotFile::new(self.file)
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -442,7 +465,7 @@ mod tests {
             writer.pair(&n.to_be_bytes(), &[n as u8; 50]).unwrap();
         }
         writer.finish().unwrap();
-        let checked = || verify(&SnapshotFile::open(&OnDisk, path.clone()).unwrap(), GroupId(3));
+        let checked = || received(OnDisk.open(&path, Open::Existing).unwrap(), GroupId(3));
         checked().unwrap();
         let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
         for at in 0..file.metadata().unwrap().len() {

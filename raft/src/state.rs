@@ -34,7 +34,7 @@ use crate::{
     api::Limits,
     disk::{Disk, seal, unseal},
     storage::{Batch, Start, Table},
-    types::{LogId, StoredMembership},
+    types::{LogId, SnapshotMeta, StoredMembership},
 };
 
 /// Group, generation.
@@ -60,6 +60,13 @@ const ORDER_BYTES: usize = 64;
 pub(crate) struct AppliedState {
     pub(crate) applied: Option<LogId>,
     pub(crate) membership: StoredMembership,
+}
+
+impl AppliedState {
+    /// What a snapshot of it covers.
+    pub(crate) fn covered(&self) -> SnapshotMeta {
+        SnapshotMeta { last_log_id: self.applied, last_membership: self.membership.clone() }
+    }
 }
 
 /// Where the keys of one generation of a group begin.
@@ -551,10 +558,6 @@ mod tests {
 
         fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn File>> {
             OnDisk.open(path, how)
-        }
-
-        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-            OnDisk.rename(from, to)
         }
 
         fn remove(&self, path: &Path) -> io::Result<()> {

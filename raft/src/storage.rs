@@ -167,10 +167,7 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     /// Opens a file.
     fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn File>>;
 
-    /// Gives a file another name in the same folder, in place of what had that name. Durable on return.
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
-
-    /// Removes a file.
+    /// Removes a file. Whoever has it open can read it still.
     fn remove(&self, path: &Path) -> io::Result<()>;
 
     /// Whether calls may make a thread wait: then long ones are kept away from the threads that run tasks, and the log

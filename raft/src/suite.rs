@@ -62,7 +62,7 @@ impl StoreBuilder<Types, LogStore, StateMachine<Nothing>, TempDir> for Builder {
         let disk = Disk::open(storage.clone(), directory.path(), 1 << 20).unwrap();
         let snapshots = snapshot_directory(directory.path());
         snapshot::clean_up(&*storage, &snapshots).unwrap();
-        let snapshots = Snapshots::open(storage.clone(), &snapshots, group).unwrap();
+        let snapshots = Snapshots::new(storage.clone(), &snapshots, group);
         let (fatal, log) =
             (Fatal::new(), GroupLog::open(disk.clone(), group, TAIL_BYTES, Mark::default()).unwrap());
         let acknowledged = Acknowledged::open(&*storage, directory.path()).unwrap();

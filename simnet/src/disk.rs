@@ -454,15 +454,6 @@ impl Storage for Disk {
         Ok(Arc::new(OpenFile { disk: self.clone(), file }))
     }
 
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut inner = self.change()?;
-        let file = inner.files.remove(from).ok_or(io::ErrorKind::NotFound)?;
-        inner.files.insert(to.to_owned(), file);
-        // The folder is synced.
-        inner.removed.clear();
-        Ok(())
-    }
-
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut inner = self.change()?;
         let file = inner.files.remove(path).ok_or(io::ErrorKind::NotFound)?;
