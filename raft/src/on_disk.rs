@@ -11,7 +11,7 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, LazyLock, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -19,7 +19,7 @@ use std::{
 use bytes::Bytes;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRawIterator, DBRecoveryMode,
-    DEFAULT_COLUMN_FAMILY_NAME, Options, ReadOptions, WriteBatch,
+    DEFAULT_COLUMN_FAMILY_NAME, Env, Options, ReadOptions, WriteBatch,
 };
 
 use crate::{
@@ -42,6 +42,13 @@ const WAL_BYTES_MAX: u64 = 512 << 20;
 const BYTES_PER_SYNC: u64 = 1 << 20;
 /// Tables of the log before they are merged: by then most of what they hold is purged.
 const LOG_TABLES: i32 = 16;
+/// Tables of the state before they are merged into the level below, and how large that is then: fewer merges, each of more.
+const STATE_TABLES: i32 = 8;
+const STATE_LEVEL_BYTES: u64 = 1 << 30;
+/// So many times the tables that call for a merge may there be before writes are held up, and before they wait: merges have what
+/// processor time others leave.
+const TABLES_SLOW: i32 = 4;
+const TABLES_STOP: i32 = 6;
 /// How often RocksDB's own threads have failed.
 const BACKGROUND_ERRORS: &str = "rocksdb.background-errors";
 
@@ -143,7 +150,19 @@ fn database_options() -> Options {
     options.set_keep_log_file_num(2);
     options.set_max_open_files(512);
     options.set_bytes_per_sync(BYTES_PER_SYNC);
+    options.set_env(background());
     options
+}
+
+/// RocksDB's threads that merge tables, which all databases of this process share. Nobody waits for a merge, so it takes what processor
+/// time others leave.
+fn background() -> &'static Env {
+    static ENV: LazyLock<Env> = LazyLock::new(|| {
+        let mut env = Env::new().expect("RocksDB has an environment of its own");
+        env.lower_thread_pool_cpu_priority();
+        env
+    });
+    &ENV
 }
 
 fn family_options(table: Table, cache: &Cache) -> ColumnFamilyDescriptor {
@@ -159,18 +178,25 @@ fn family_options(table: Table, cache: &Cache) -> ColumnFamilyDescriptor {
     });
     if table == Table::Log {
         options.set_compression_type(rocksdb::DBCompressionType::None);
-        options.set_level_zero_file_num_compaction_trigger(LOG_TABLES);
-        options.set_level_zero_slowdown_writes_trigger(3 * LOG_TABLES);
-        options.set_level_zero_stop_writes_trigger(4 * LOG_TABLES);
+        set_tables(&mut options, LOG_TABLES);
     } else {
         options.set_compression_type(rocksdb::DBCompressionType::Lz4);
     }
     if table.is_state() {
+        set_tables(&mut options, STATE_TABLES);
+        options.set_max_bytes_for_level_base(STATE_LEVEL_BYTES);
         // Every new record is looked up once before it is there.
         options.set_memtable_prefix_bloom_ratio(MEMTABLE_BLOOM_RATIO);
         options.set_memtable_whole_key_filtering(true);
     }
     ColumnFamilyDescriptor::new(name(table), options)
+}
+
+/// How many tables of the newest level call for a merge.
+fn set_tables(options: &mut Options, tables: i32) {
+    options.set_level_zero_file_num_compaction_trigger(tables);
+    options.set_level_zero_slowdown_writes_trigger(TABLES_SLOW * tables);
+    options.set_level_zero_stop_writes_trigger(TABLES_STOP * tables);
 }
 
 /// Fails if a database ends before what is remembered of it.

@@ -134,7 +134,7 @@ pub enum CtlCommand {
     Member(member::MemberCommand),
     /// Ask a node (the first of --connect) whether it serves
     Health,
-    /// Make a node (the first of --connect) build a snapshot of its replica of a group
+    /// Make a node (the first of --connect) bring its replica of a group to the disk, so that the log before it may go
     Snapshot {
         /// The group: 0 is the coordinator group, N is shard N
         group: u32,

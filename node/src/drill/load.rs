@@ -92,6 +92,8 @@ pub struct Seen {
     pub reads_unanswered: u64,
     /// How long it ran.
     pub seconds: f64,
+    /// Whether there were no more trades before it was ended.
+    pub ran_out: bool,
 }
 
 impl<'a> Load<'a> {
@@ -166,10 +168,11 @@ impl<'a> Load<'a> {
     pub async fn run(&self, shards: u32, screen: &Screen) -> Seen {
         let (repeat, repeats) = mpsc::channel(REPEATS_WAITING_MAX);
         let settled = self.settle(shards, repeat, screen);
-        let (batches, repeats, (reads, reads_unanswered)) =
+        let ((batches, ended_at), repeats, (reads, reads_unanswered)) =
             tokio::join!(settled, self.repeat(repeats), self.read());
-        let seconds = batches.1;
-        Seen { batches: batches.0, repeats, reads, reads_unanswered, seconds }
+        // A tape that was settled to its end has no time of its own.
+        let (seconds, ran_out) = (ended_at.unwrap_or_else(|| self.now()), ended_at.is_none());
+        Seen { batches, repeats, reads, reads_unanswered, seconds, ran_out }
     }
 
     async fn settle(
@@ -177,16 +180,16 @@ impl<'a> Load<'a> {
         shards: u32,
         repeat: mpsc::Sender<(usize, Uuid)>,
         screen: &Screen,
-    ) -> (Vec<Attempt>, f64) {
+    ) -> (Vec<Attempt>, Option<f64>) {
         let window = self.window.div_ceil(self.clients.len());
         let submitters: Vec<Submitter> = self.clients.iter().map(|client| client.submitter(window)).collect();
-        let ended_at = Mutex::new(0.0);
+        let ended_at = Mutex::new(None);
         let due = stream::iter(0..self.script.count())
             .then(|number| self.due(number))
             .take_while(|due| {
                 let goes_on = due.is_some();
                 if !goes_on {
-                    *ended_at.lock().expect("nothing panics while it holds this lock") = self.now();
+                    *ended_at.lock().expect("nothing panics while it holds this lock") = Some(self.now());
                 }
                 std::future::ready(goes_on)
             })
@@ -207,10 +210,8 @@ impl<'a> Load<'a> {
         let mut done: Vec<(usize, Attempt)> = work.buffer_unordered(self.window).collect().await;
         done.sort_by_key(|(number, _)| *number);
         let ended_at = *ended_at.lock().expect("nothing panics while it holds this lock");
-        // A tape that was settled to its end has no time of its own.
-        let seconds = if ended_at > 0.0 { ended_at } else { self.now() };
         // `repeat` ends here, and with it those who wait for more.
-        (done.into_iter().map(|(_, attempt)| attempt).collect(), seconds)
+        (done.into_iter().map(|(_, attempt)| attempt).collect(), ended_at)
     }
 
     /// Waits until a batch is due; none is after the end.

@@ -392,7 +392,13 @@ async fn drill(
     // Those that are members now.
     let direct = field.lock().await.direct_addresses();
     let position = before.positions.iter().copied().max().unwrap_or_default();
-    let asked = audit(&load, &book, &client, &direct, &played.seen.batches, position).await;
+    let mut asked = audit(&load, &book, &client, &direct, &played.seen.batches, position).await;
+    if played.seen.ran_out {
+        asked.troubles.push(format!(
+            "the load had no more trades after {:.1} s, before the drill was over: what was done later met no load; choose a lower --rate",
+            played.seen.seconds
+        ));
+    }
     let record = Record {
         load_seconds: played.seen.seconds,
         window: args.window(),
