@@ -222,6 +222,7 @@ impl<M: Machine + Watched> Host<M> {
         if let Some(snapshot) = out.install {
             self.install(&snapshot, cx);
         }
+        self.give_up_what_was_cut();
         self.apply(cx);
         let mut writes = out.writes;
         let behind = self.raft.applied - self.raft.snapshot.as_ref().map_or(0, |snapshot| snapshot.index);
@@ -245,6 +246,13 @@ impl<M: Machine + Watched> Host<M> {
         self.outcomes.extend((0..gone).map(|_| Outcome::Unknown));
         let seen = M::opened(self.group, self.seat.id, &self.machine, &self.store);
         cx.witness.see(cx.now, &seen);
+    }
+
+    /// Whoever waits for an entry that was cut off the log is told.
+    fn give_up_what_was_cut(&mut self) {
+        let (before, log) = (self.proposals.len(), &self.raft.log);
+        self.proposals.retain(|index, term| log.term_at(*index) == Some(*term));
+        self.outcomes.extend((self.proposals.len()..before).map(|_| Outcome::Unknown));
     }
 
     fn apply(&mut self, cx: &mut Context) {
