@@ -4,8 +4,9 @@
 //! - A node is let in only if it answers as itself, belongs to this cluster, and has founded nothing.
 //! - A node is noted as removed only when no group counts on it any more.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
+use tokio::time::{Instant, sleep};
 use tonic::{Code, Status};
 use verdict_proto::v1::{self, admin_client::AdminClient};
 use verdict_protocol::{
@@ -22,6 +23,10 @@ use crate::{
     failure::CallFailure,
     gateway::Tried,
 };
+
+/// A node that was just started may take so long until it listens, and is asked again after a pause.
+const STARTS_WITHIN: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_millis(100);
 
 impl AdminService {
     /// Changes the list of nodes, if this node leads the coordinators.
@@ -140,8 +145,14 @@ impl AdminService {
             cluster: self.spread.cluster.clone(),
             view: Some(directory.view().to_wire()),
         };
-        let said = within(AdminClient::new(channel).members(question)).await;
-        let said = said.map_err(|why| refused(format!("node {node} doesn't answer at {address}: {why}")))?;
+        let deadline = Instant::now() + STARTS_WITHIN;
+        let said = loop {
+            match within(AdminClient::new(channel.clone()).members(question.clone())).await {
+                Ok(said) => break said,
+                Err(_) if Instant::now() < deadline => sleep(PAUSE).await,
+                Err(why) => return Err(refused(format!("node {node} doesn't answer at {address}: {why}"))),
+            }
+        };
         if said.cluster != self.spread.cluster || said.node_id != node.0 {
             return Err(refused(format!(
                 "node {} of cluster {:?} answers at {address}, not node {node} of cluster {:?}",

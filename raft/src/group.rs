@@ -43,6 +43,7 @@ use verdict_protocol::{
 use crate::{
     api::{AdminError, Applied, Confirmed, GroupStatus, Leadership, ProposeError, ReadError, Role, Timing},
     gate::Gate,
+    heard::Heard,
     log::GroupLog,
     network::encode,
     node::{Endpoint, Node, stopping},
@@ -61,6 +62,8 @@ const COMPLETING_MAX: usize = 4096;
 const RETRY: Duration = Duration::from_millis(2);
 /// How often the leadership is looked at even if nothing has changed.
 const LEADERSHIP_TICK: Duration = Duration::from_millis(100);
+/// So many times what calls for a snapshot may stand in the log while somebody is sent one: then it is purged all the same.
+const KEPT_WHILE_SENDING: u64 = 4;
 /// How long a snapshot that was asked for may take.
 const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(60);
 /// Proposals in flight are counted in this many bytes.
@@ -98,6 +101,7 @@ struct Shared<M: Machine> {
     slots: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     gate: Gate,
+    heard: Arc<Heard>,
 }
 
 impl<M: Machine> Group<M> {
@@ -137,9 +141,9 @@ impl<M: Machine> Group<M> {
                 }
             });
         }
-        Group {
-            shared: Arc::new(Shared { id, node, raft, replica, log, leadership, queue, slots, bytes, gate }),
-        }
+        let heard = node.heard(id);
+        let shared = Shared { id, node, raft, replica, log, leadership, queue, slots, bytes, gate, heard };
+        Group { shared: Arc::new(shared) }
     }
 
     pub(crate) fn endpoint(&self) -> Arc<dyn Endpoint> {
@@ -202,10 +206,18 @@ impl<M: Machine> Group<M> {
 
     async fn confirm(&self) -> Result<Confirmed, ReadError> {
         let shared = &*self.shared;
+        let asked = Instant::now();
         let linearizer = shared.raft.get_read_linearizer(ReadPolicy::ReadIndex).await.map_err(read_error)?;
         // A leader's first entry is of its own term, and it reads at that entry or a later one.
         let (index, term) =
             (linearizer.read_log_id().index(), **linearizer.read_log_id().committed_leader_id());
+        let (here, voters) = {
+            let metrics = shared.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            (metrics.id, metrics.membership_config.membership().get_joint_config().clone())
+        };
+        // By the answers to what was asked since: Raft's library may have taken older ones for it.
+        shared.heard.confirm(here, term, asked, &voters).await;
         let mut applied = shared.replica.applied();
         let stopped = |_| ReadError::Stopped("the host was shut down".to_owned());
         applied.wait_for(|applied| applied.is_some_and(|id| id.index >= index)).await.map_err(stopped)?;
@@ -602,7 +614,10 @@ async fn tend_snapshots<M: Machine>(
             let metrics = metrics.borrow_and_update();
             (metrics.snapshot, metrics.last_applied)
         };
-        if snapshot != tended && !replica.snapshots.is_sending() {
+        let (_, in_all) = log.size_after(None);
+        let is_kept = replica.snapshots.is_sending()
+            && in_all < limits.snapshot_after_bytes.saturating_mul(KEPT_WHILE_SENDING);
+        if snapshot != tended && !is_kept {
             tended = snapshot;
             let point =
                 snapshot.and_then(|id| log.purge_point(id.index, limits.keep_entries, limits.keep_bytes));

@@ -27,6 +27,7 @@ mod disk;
 mod fatal;
 mod gate;
 mod group;
+mod heard;
 mod host;
 mod log;
 mod members;

@@ -32,6 +32,7 @@ use verdict_protocol::ids::GroupId;
 
 use crate::{
     disk::apart,
+    heard::Heard,
     node::Node,
     peer::{self, Answer, Peer, kind},
     snapshot::{Contents, SnapshotFile},
@@ -62,7 +63,8 @@ impl RaftNetworkFactory<Types> for Network {
 
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Line {
         let peer = self.node.peer(target, &node.addr);
-        Line { node: self.node.clone(), peer, group: self.group.0 }
+        let heard = self.node.heard(self.group);
+        Line { node: self.node.clone(), peer, group: self.group.0, target, heard }
     }
 }
 
@@ -71,9 +73,18 @@ pub(crate) struct Line {
     node: Arc<Node>,
     peer: Arc<Peer>,
     group: u32,
+    target: u64,
+    heard: Arc<Heard>,
 }
 
 impl Line {
+    /// An append was answered that had been handed in then.
+    fn note(&self, term: u64, asked: Instant, reply: &AppendEntriesResponse<Types>) {
+        if !matches!(reply, AppendEntriesResponse::HigherVote(_)) {
+            self.heard.note(self.target, term, asked);
+        }
+    }
+
     /// Asks for a vote, once this node itself may vote.
     async fn ask_for_vote(
         &self,
@@ -103,19 +114,30 @@ impl Line {
     }
 
     /// Writes the state to a file and sends it. Only to a node that answers: what is written costs as much as reading the whole state.
-    async fn send_snapshot(
+    async fn give_snapshot(
         &self,
         vote: &Vote,
         Snapshot { meta, snapshot }: SnapshotOf<Types, Contents>,
     ) -> Result<SnapshotResponse<Types>, Error> {
-        let asked = self.peer.request(self.group, kind::GREET, Vec::new()).await;
-        wait_for_body(asked, self.patience()).await?;
         let stopped = || unreachable("this node stops".to_owned());
         let sending = self.node.endpoint(self.group).ok_or_else(stopped)?.send_snapshot();
+        let asked = self.peer.request(self.group, kind::GREET, Vec::new()).await;
+        wait_for_body(asked, self.patience()).await?;
         let writing = apart(&self.node.storage, move || snapshot.file(&meta)).await;
         let file = writing
             .map_err(|error| unreachable(error.to_string()))?
             .map_err(|error| unreachable(format!("write a snapshot: {error}")))?;
+        let patience = Duration::from_millis(self.node.config.timing.snapshot_timeout_ms);
+        let sent = timeout(patience, self.send_file(vote, file)).await;
+        let reply = sent.unwrap_or_else(|_| Err(late()))?;
+        tokio::spawn(async move {
+            sleep(REPLICATION_GOES_ON_WITHIN).await;
+            drop(sending);
+        });
+        Ok(reply)
+    }
+
+    async fn send_file(&self, vote: &Vote, file: SnapshotFile) -> Result<SnapshotResponse<Types>, Error> {
         let first = v1::SnapshotChunk {
             hello: Some(self.node.hello(self.peer.id())),
             group: self.group,
@@ -130,10 +152,6 @@ impl Line {
             peer::heed(&self.node, &status);
             unreachable(status.to_string())
         })?;
-        tokio::spawn(async move {
-            sleep(REPLICATION_GOES_ON_WITHIN).await;
-            drop(sending);
-        });
         decode(&reply.into_inner().body)
     }
 }
@@ -168,7 +186,10 @@ impl RaftNetworkV2<Types> for Line {
         rpc: AppendEntriesRequest<Types>,
         _: RPCOption,
     ) -> Result<AppendEntriesResponse<Types>, Error> {
-        self.call(kind::APPEND, &rpc, self.patience()).await
+        let (term, asked) = (rpc.vote.leader_id.term, Instant::now());
+        let reply = self.call(kind::APPEND, &rpc, self.patience()).await?;
+        self.note(term, asked, &reply);
+        Ok(reply)
     }
 
     fn stream_append<'s, S>(
@@ -183,11 +204,13 @@ impl RaftNetworkV2<Types> for Line {
         // Requests are handed in one after the other, so they keep their order; only the answers are waited for together.
         let asked = with_company(input).then(move |request| async move {
             let (prev, last) = range(&request);
+            let at = (request.vote.leader_id.term, Instant::now());
             let answer = line.peer.request(line.group, kind::APPEND, encode(&request)).await;
-            (answer, prev, last)
+            (answer, at, prev, last)
         });
-        let answered = asked.map(move |(answer, prev, last)| async move {
+        let answered = asked.map(move |(answer, (term, at), prev, last)| async move {
             let reply = wait::<AppendEntriesResponse<Types>>(answer, patience).await?;
+            line.note(term, at, &reply);
             Ok((reply.into_stream_result(prev, last), last))
         });
         // After a refusal or a failure the rest makes no sense: the stream ends, and openraft begins another.
@@ -229,11 +252,9 @@ impl RaftNetworkV2<Types> for Line {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
-        let patience = Duration::from_millis(self.node.config.timing.snapshot_timeout_ms);
-        let sent = timeout(patience, self.send_snapshot(&vote, snapshot));
-        match select(Box::pin(sent), Box::pin(cancel)).await {
-            Either::Left((Ok(reply), _)) => Ok(reply?),
-            Either::Left((Err(_), _)) => Err(late().into()),
+        let given = self.give_snapshot(&vote, snapshot);
+        match select(Box::pin(given), Box::pin(cancel)).await {
+            Either::Left((reply, _)) => Ok(reply?),
             Either::Right((closed, _)) => Err(closed.into()),
         }
     }

@@ -17,6 +17,7 @@ use crate::{
     disk::{Identity, incarnation_key, seal},
     fatal::Fatal,
     gate::Gate,
+    heard::Heard,
     peer::Peer,
     snapshot::{Sending, SnapshotFile},
     standing::{Greeted, Life, Standing, Standings, Start, standing_key},
@@ -86,6 +87,7 @@ pub(crate) struct Node {
     /// The nodes that have taken this one's greeting.
     accepted: watch::Sender<BTreeSet<u64>>,
     gates: Mutex<BTreeMap<GroupId, Gate>>,
+    heard: Mutex<BTreeMap<GroupId, Arc<Heard>>>,
     known: Mutex<BTreeMap<u64, Vec<u8>>>,
     peers: Mutex<BTreeMap<u64, Arc<Peer>>>,
 }
@@ -113,6 +115,7 @@ impl Node {
             removed: watch::Sender::default(),
             accepted: watch::Sender::default(),
             gates: Mutex::default(),
+            heard: Mutex::default(),
             known: Mutex::new(disks.incarnations),
             peers: Mutex::default(),
         }
@@ -149,6 +152,11 @@ impl Node {
     /// What keeps the replica of a group from voting.
     pub(crate) fn gate(&self, group: GroupId) -> Gate {
         lock(&self.gates).entry(group).or_insert_with(Gate::new).clone()
+    }
+
+    /// What the other replicas of a group have answered.
+    pub(crate) fn heard(&self, group: GroupId) -> Arc<Heard> {
+        lock(&self.heard).entry(group).or_default().clone()
     }
 
     /// Checks a greeting, and gives the start that speaks. The first incarnation of a node that was ever seen, and each of its starts,

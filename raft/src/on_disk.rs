@@ -154,8 +154,8 @@ fn database_options() -> Options {
     options
 }
 
-/// RocksDB's threads that merge tables, which all databases of this process share. Nobody waits for a merge, so it takes what processor
-/// time others leave.
+/// RocksDB's threads that merge tables, which all databases of this process share. Nobody waits for a merge unless far too many
+/// are due, so it takes what processor time others leave.
 fn background() -> &'static Env {
     static ENV: LazyLock<Env> = LazyLock::new(|| {
         let mut env = Env::new().expect("RocksDB has an environment of its own");

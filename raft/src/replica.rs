@@ -6,7 +6,7 @@
 //! - Nobody looks at the machine between the first and the last of the entries that are applied together.
 //! - An error or a panic inside `apply` stops the node: the replica must not go on from a state that others don't have.
 //! - A snapshot is installed beside the state that counts, is made durable, and counts from one synced write on.
-//! - The log begins where the state on disk ends, or before, or a snapshot fills the gap ([`Replica::check_reaches`]).
+//! - The log begins where the state on disk ends, or before ([`Replica::check_reaches`]).
 
 use std::{
     io,
@@ -371,10 +371,15 @@ impl<M: Machine> Source for Replica<M> {
     fn write_snapshot(&self, least: Option<LogId>) -> io::Result<SnapshotFile> {
         let (disk, generation) = self.disk()?;
         let written = self.snapshots.write(&disk, generation, least);
-        if let Err(error) = &written
-            && error.kind() == io::ErrorKind::InvalidData
-        {
-            self.fatal.raise(&format!("read the state of group {}: {error}", self.group));
+        match &written {
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                self.fatal.raise(&format!("read the state of group {}: {error}", self.group));
+            }
+            // Nothing is lost: the replica that needs it waits until there is room again.
+            Err(error) => {
+                tracing::warn!(group = %self.group, %error, "can't write the state for a replica that needs it")
+            }
+            Ok(_) => {}
         }
         written
     }

@@ -6,7 +6,7 @@
 //! - The state is apart from the other tables, and goes its own way: of its batches since it was last made durable an unbroken run from
 //!   the first survives, whatever becomes of the others. That is so when the process ends as well: it was in its memory.
 //! - Of the writes to a file since its last sync any survive, each whole or torn. A file that was never synced may vanish; one
-//!   that was removed since the folder was last synced may be back.
+//!   that was removed since the last loss of power may be back.
 //! - After a failed sync what was to be synced, and all that comes later, never reaches the disk, though later syncs say that it
 //!   does: whoever tries again is lied to, as kernels have done.
 

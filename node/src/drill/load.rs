@@ -168,10 +168,8 @@ impl<'a> Load<'a> {
     pub async fn run(&self, shards: u32, screen: &Screen) -> Seen {
         let (repeat, repeats) = mpsc::channel(REPEATS_WAITING_MAX);
         let settled = self.settle(shards, repeat, screen);
-        let ((batches, ended_at), repeats, (reads, reads_unanswered)) =
+        let ((batches, seconds, ran_out), repeats, (reads, reads_unanswered)) =
             tokio::join!(settled, self.repeat(repeats), self.read());
-        // A tape that was settled to its end has no time of its own.
-        let (seconds, ran_out) = (ended_at.unwrap_or_else(|| self.now()), ended_at.is_none());
         Seen { batches, repeats, reads, reads_unanswered, seconds, ran_out }
     }
 
@@ -180,7 +178,7 @@ impl<'a> Load<'a> {
         shards: u32,
         repeat: mpsc::Sender<(usize, Uuid)>,
         screen: &Screen,
-    ) -> (Vec<Attempt>, Option<f64>) {
+    ) -> (Vec<Attempt>, f64, bool) {
         let window = self.window.div_ceil(self.clients.len());
         let submitters: Vec<Submitter> = self.clients.iter().map(|client| client.submitter(window)).collect();
         let ended_at = Mutex::new(None);
@@ -210,8 +208,10 @@ impl<'a> Load<'a> {
         let mut done: Vec<(usize, Attempt)> = work.buffer_unordered(self.window).collect().await;
         done.sort_by_key(|(number, _)| *number);
         let ended_at = *ended_at.lock().expect("nothing panics while it holds this lock");
+        // A tape that was settled to its end has no time of its own.
+        let (seconds, ran_out) = (ended_at.unwrap_or_else(|| self.now()), ended_at.is_none());
         // `repeat` ends here, and with it those who wait for more.
-        (done.into_iter().map(|(_, attempt)| attempt).collect(), ended_at)
+        (done.into_iter().map(|(_, attempt)| attempt).collect(), seconds, ran_out)
     }
 
     /// Waits until a batch is due; none is after the end.

@@ -395,7 +395,7 @@ async fn drill(
     let mut asked = audit(&load, &book, &client, &direct, &played.seen.batches, position).await;
     if played.seen.ran_out {
         asked.troubles.push(format!(
-            "the load had no more trades after {:.1} s, before the drill was over: what was done later met no load; choose a lower --rate",
+            "the load had no more trades after {:.1} s, before the drill was over: what was done later met no load; choose a --rate that they last for",
             played.seen.seconds
         ));
     }
