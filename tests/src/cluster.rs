@@ -110,7 +110,22 @@ struct Layer {
 #[derive(Debug)]
 pub struct LeftOut(Process);
 
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 impl Process {
+    /// Ends it, if it runs.
+    fn end(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
     /// Writes the configuration.
     fn prepare(
         settings: &Settings,
@@ -547,13 +562,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        for process in &mut self.processes {
-            if let Some(mut child) = process.child.take() {
-                // It may have ended by itself.
-                let _ = child.kill();
-                let _ = child.wait();
-            }
-        }
+        self.processes.iter_mut().for_each(Process::end);
         if thread::panicking() {
             eprintln!("{}", self.log_tails());
         }
