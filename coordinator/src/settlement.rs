@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use futures::Stream;
+use futures::{FutureExt, Stream};
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc},
     time::{Instant, sleep},
@@ -32,6 +32,8 @@ use crate::{
 const OUTGOING: usize = 256;
 /// Answers taken at once.
 const ANSWERS_PER_ROUND: usize = 1024;
+/// Messages read at once.
+const MESSAGES_PER_ROUND: usize = 64;
 
 /// Serves `Settlement` on one node.
 #[derive(Clone)]
@@ -258,10 +260,7 @@ impl SubmitStream {
             if self.in_flight.is_empty() && self.at_door.is_empty() && (!reading || ending) {
                 break;
             }
-            let wants_more = reading
-                && !ending
-                && self.in_flight.len() + self.at_door.len() < self.window
-                && self.at_door.back().is_none_or(|last| last.place.is_some());
+            let wants_more = reading && !ending && self.has_room();
             tokio::select! {
                 () = self.responses.closed() => return,
                 _ = answers.recv_many(&mut round, ANSWERS_PER_ROUND), if !self.in_flight.is_empty() => {
@@ -277,23 +276,27 @@ impl SubmitStream {
                 () = self.gateway.admission.room(), if !self.at_door.is_empty() => {}
                 () = sleep(PATIENCE / 4), if !self.at_door.is_empty() => {}
                 message = self.incoming.message(), if wants_more => {
-                    match message {
-                        Ok(Some(message)) => {
-                            let came = Instant::now();
-                            if T::AT_DOOR && !(self.at_door.is_empty() && self.gateway.admission.has_room()) {
-                                let place = self.gateway.place_at_door(message.batch.as_ref());
-                                self.at_door.push_back(Waiting { came, message, place });
-                            } else if !self.take(message, came, &target, &sender).await {
-                                return;
+                    // And what else is there already, without looking at all the rest for each of them.
+                    let (came, mut next, mut taken) = (Instant::now(), Some(message), 0);
+                    while let Some(message) = next.take() {
+                        match message {
+                            Ok(Some(message)) => {
+                                if !self.came_in(message, came, &target, &sender).await {
+                                    return;
+                                }
+                                taken += 1;
+                                if taken < MESSAGES_PER_ROUND && self.has_room() {
+                                    next = self.incoming.message().now_or_never();
+                                }
                             }
-                        }
-                        Ok(None) => reading = false,
-                        Err(status) => {
-                            // Too large a message, or garbage: no other can be found behind it. What is in flight is
-                            // answered first.
-                            tracing::debug!(%status, "a stream of batches broke");
-                            broken = Some(status);
-                            reading = false;
+                            Ok(None) => reading = false,
+                            Err(status) => {
+                                // Too large a message, or garbage: no other can be found behind it. What is in flight is
+                                // answered first.
+                                tracing::debug!(%status, "a stream of batches broke");
+                                broken = Some(status);
+                                reading = false;
+                            }
                         }
                     }
                 }
@@ -304,6 +307,28 @@ impl SubmitStream {
         } else if ending {
             let _ = self.responses.send(Err(self.gateway.not_leader())).await;
         }
+    }
+
+    /// Whether one more may be read.
+    fn has_room(&self) -> bool {
+        self.in_flight.len() + self.at_door.len() < self.window
+            && self.at_door.back().is_none_or(|last| last.place.is_some())
+    }
+
+    /// A batch was read: it is taken, or waits at the door. False: the stream is over.
+    async fn came_in<T: Target>(
+        &mut self,
+        message: v1::SubmitStreamRequest,
+        came: Instant,
+        target: &T,
+        sender: &mpsc::Sender<(u64, T::Answer)>,
+    ) -> bool {
+        if T::AT_DOOR && !(self.at_door.is_empty() && self.gateway.admission.has_room()) {
+            let place = self.gateway.place_at_door(message.batch.as_ref());
+            self.at_door.push_back(Waiting { came, message, place });
+            return true;
+        }
+        self.take(message, came, target, sender).await
     }
 
     /// Lets in those that wait at the door, as far as there is room, and refuses those that have waited for long. False: the stream
