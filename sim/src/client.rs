@@ -1,6 +1,6 @@
 //! Clients: each does one thing after the other, through whatever node, and tries again under the same id until it knows the end.
 
-use std::{collections::BTreeSet, rc::Rc};
+use std::rc::Rc;
 
 use verdict_protocol::{
     batch::Batch,
@@ -77,24 +77,13 @@ pub struct Client {
     last_request: u64,
     /// Which record each call was for.
     requests: Vec<usize>,
-    /// The calls that were answered.
-    over: BTreeSet<u64>,
 }
 
 impl Client {
     /// A client that has not begun.
     pub fn new(id: u32, steps: Vec<Step>) -> Client {
         let steps = steps.into_iter();
-        Client {
-            id,
-            steps,
-            next: None,
-            doing: None,
-            wake: 0,
-            last_request: 0,
-            requests: Vec::new(),
-            over: BTreeSet::new(),
-        }
+        Client { id, steps, next: None, doing: None, wake: 0, last_request: 0, requests: Vec::new() }
     }
 
     /// Whether everything is done and known.
@@ -173,10 +162,6 @@ impl Client {
 
     /// An answer has come.
     pub fn answered(&mut self, request: u64, answer: Answer, cx: &mut Context) {
-        // A call has one answer, whatever the network repeats.
-        if !self.over.insert(request) {
-            return;
-        }
         let record = self.requests[request as usize - 1];
         cx.witness.answer(record, answer.clone(), cx.now);
         let Some(doing) = self.doing.as_ref().filter(|doing| doing.record == record) else { return };

@@ -203,8 +203,9 @@ impl Context {
             return;
         }
         let late = self.random.chance(delayed);
-        // A call that a node hands on arrives once, as over TCP. Whoever hands it on twice by itself knows that it did.
-        let once = matches!(packet, Packet::Forward { .. });
+        // A call, of a client or of a node that hands it on, arrives once, and so does its answer, as over TCP. Whoever makes it twice knows
+        // that it did.
+        let once = matches!(packet, Packet::Call { .. } | Packet::Forward { .. } | Packet::Answer { .. });
         if self.random.chance(repeated) && !once {
             self.tally.count(Fired::Repeated);
             let again = latency + self.random.range(0, 1_000 * delay_ms);
