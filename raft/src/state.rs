@@ -9,7 +9,7 @@
 //! - Reads see all earlier writes, flushed or not.
 //! - What the database holds is the state after whole entries, up to the applied log id that stands beside it.
 //! - An entry is purged only when the state that includes it is in a table on disk: the log is purged only up to a snapshot, and a
-//!   snapshot counts only once the state that it was made of is durable ([`Snapshots::build`](crate::snapshot::Snapshots::build)).
+//!   snapshot counts only once the state that it covers is durable ([`Snapshots::advance`](crate::snapshot::Snapshots::advance)).
 //! - Every key stands under its group and generation; a snapshot is installed as a new generation.
 
 use std::{
