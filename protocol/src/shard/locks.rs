@@ -106,6 +106,9 @@ pub struct RowLock {
 }
 
 impl RowLock {
+    /// Nobody is there.
+    pub const FREE: RowLock = RowLock { holders: Holders::None, waiters: BTreeMap::new() };
+
     /// Whether nobody holds the row or waits for it.
     pub fn is_free(&self) -> bool {
         self.holders.is_empty() && self.waiters.is_empty()

@@ -25,6 +25,7 @@ mod holders;
 mod locks;
 mod numbers;
 mod rows;
+mod slots;
 mod versions;
 
 use std::{
@@ -39,7 +40,8 @@ use self::{
     evaluate::{ByRow, Use},
     locks::{Answer, Claim, Mode, Ticket},
     numbers::Numbers,
-    rows::{Row, Rows, Slot},
+    rows::{Row, Rows},
+    slots::Slot,
 };
 use crate::{
     batch::{Part, Placement},

@@ -3,6 +3,9 @@
 //! A row is looked up by its key once for each part that uses it; from then on the part knows its *slot*. What a commit changes is
 //! kept here, and brought to the store with the next flush: the settled value once, however often it has changed, and every version.
 //!
+//! Finding a row is waiting for memory, so a row that nobody uses is small: its key, its value, and no more. What it needs while it is
+//! used is beside it.
+//!
 //! Invariants:
 //! - A row that is held, waited for or listed to be stored keeps its slot. Others may go at any flush, and are read again.
 //! - Versions that are not stored are later than all that are: one that comes before all of them is inserted among the stored ones,
@@ -16,6 +19,7 @@ use smallvec::SmallVec;
 
 use super::{
     locks::{Claim, RowLock, Ticket},
+    slots::{Slot, Slots},
     versions::{self, Version, plus, row_key, version_key},
 };
 use crate::{
@@ -23,18 +27,13 @@ use crate::{
     ids::{BatchId, Stamp},
     machine::encode_into,
     messages::{READ_BYTES_MAX, RowAt, RowChange, RowValue},
-    point_map::PointMap,
     store::{Store, StoreError},
 };
 
-/// What a row takes in memory beside its value, roughly.
-const ROW_BYTES: usize = 512;
+/// What a row takes in memory beside its value, roughly, while nobody uses it: itself, and its place in the index.
+const ROW_BYTES: usize = 160;
 /// How many slots are looked at in one go for rows that may go. A row that was used gets a second chance.
 const TRIM_STEPS: usize = 8192;
-
-/// The place of a row in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Slot(u32);
 
 /// A version that is not stored yet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -44,14 +43,24 @@ struct Unstored {
     bytes: SmallVec<[u8; 48]>,
 }
 
+/// What a row has while it is used.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Busy {
+    lock: RowLock,
+    /// In the order of stamps.
+    unstored: SmallVec<[Unstored; 1]>,
+}
+
+/// What a row has that nobody uses.
+static IDLE: Busy = Busy { lock: RowLock::FREE, unstored: SmallVec::new_const() };
+
 /// A row in memory.
 #[derive(Clone, Debug)]
 pub struct Row {
     key: RowKey,
     settled: RowAt,
-    lock: RowLock,
-    /// In the order of stamps.
-    unstored: Vec<Unstored>,
+    /// None: as [`IDLE`].
+    busy: Option<Box<Busy>>,
     /// Whether it is among those that the next flush looks at. Its versions may have been stored since, for a late delta.
     listed: bool,
     /// Whether it was used since the hand came by.
@@ -59,6 +68,11 @@ pub struct Row {
 }
 
 impl Row {
+    /// One that is used just now, and that nobody holds.
+    pub fn new(key: RowKey, settled: RowAt) -> Row {
+        Row { key, settled, busy: None, listed: false, used: true }
+    }
+
     /// Its key.
     pub fn key(&self) -> &RowKey {
         &self.key
@@ -71,18 +85,39 @@ impl Row {
 
     /// Its line.
     pub fn lock(&self) -> &RowLock {
-        &self.lock
+        &self.busy().lock
+    }
+
+    fn busy(&self) -> &Busy {
+        self.busy.as_deref().unwrap_or(&IDLE)
+    }
+
+    fn busy_mut(&mut self) -> &mut Busy {
+        self.busy.get_or_insert_default()
+    }
+
+    /// In the order of stamps.
+    fn unstored(&self) -> &[Unstored] {
+        &self.busy().unstored
+    }
+
+    /// Something has ended that it was used for.
+    fn rest(&mut self) {
+        if *self.busy() == IDLE {
+            self.busy = None;
+        }
     }
 
     /// Inserts a delta among the versions that are not stored. False: it comes before all of them.
     ///
     /// Like [`versions::insert`] it makes no version that no read needs: where the next piece of a sweep ends depends on their number.
     fn insert(&mut self, id: BatchId, stamp: Stamp, delta: i128, history: Stamp) -> Result<bool, StoreError> {
-        let place = self.unstored.partition_point(|version| version.stamp < stamp);
+        let place = self.unstored().partition_point(|version| version.stamp < stamp);
         let Some(before) = place.checked_sub(1) else { return Ok(false) };
-        let needed = self.unstored.get(place).is_none_or(|later| later.stamp > history);
-        let result = plus(&Version::decode(&self.unstored[before].bytes)?.result, delta);
-        for later in &mut self.unstored[place..] {
+        let unstored = &mut self.busy.get_or_insert_default().unstored;
+        let needed = unstored.get(place).is_none_or(|later| later.stamp > history);
+        let result = plus(&Version::decode(&unstored[before].bytes)?.result, delta);
+        for later in &mut unstored[place..] {
             assert!(later.stamp != stamp, "two batches have stamp {stamp} on row {:?}", self.key);
             let mut version = Version::decode(&later.bytes)?;
             version.result = plus(&version.result, delta);
@@ -91,14 +126,14 @@ impl Row {
         if needed {
             let version = Version { id, delta: Some(delta), result };
             let bytes = SmallVec::from_vec(encode_into(Vec::new(), &version));
-            self.unstored.insert(place, Unstored { stamp, bytes });
+            unstored.insert(place, Unstored { stamp, bytes });
         }
         Ok(true)
     }
 
     /// Brings the settled value to the store, if it has changed.
     fn store_settled(&self, store: &mut dyn Store, scratch: &mut Vec<u8>) -> Result<(), StoreError> {
-        if self.unstored.is_empty() {
+        if self.unstored().is_empty() {
             return Ok(());
         }
         scratch.clear();
@@ -108,14 +143,17 @@ impl Row {
 
     /// Brings the versions to the store.
     fn store_versions(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
-        std::mem::take(&mut self.unstored).into_iter().try_for_each(|Unstored { stamp, bytes }| {
+        let Some(busy) = &mut self.busy else { return Ok(()) };
+        std::mem::take(&mut busy.unstored).into_iter().try_for_each(|Unstored { stamp, bytes }| {
             store.bring(&version_key(&self.key, stamp), Some(&bytes))
-        })
+        })?;
+        self.rest();
+        Ok(())
     }
 
     /// Whether nobody needs it, and the store has it as it is.
     fn is_idle(&self) -> bool {
-        self.lock.is_free() && self.unstored.is_empty()
+        self.lock().is_free() && self.unstored().is_empty()
     }
 
     fn bytes(&self) -> usize {
@@ -126,13 +164,11 @@ impl Row {
 /// The rows of a shard that are in memory.
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
-    index: PointMap<RowKey, Slot>,
-    slots: Vec<Option<Row>>,
-    free: Vec<Slot>,
+    slots: Slots,
     /// Rows with versions that are not stored, each once.
     changed: Vec<Slot>,
     /// Where looking for rows that may go goes on.
-    hand: usize,
+    hand: Slot,
     bytes: usize,
     held: usize,
     /// Where versions are encoded.
@@ -142,38 +178,24 @@ pub struct Rows {
 impl Rows {
     /// The slot of a row, which is read if it isn't in memory.
     pub fn seat(&mut self, store: &dyn Store, key: &RowKey) -> Result<Slot, StoreError> {
-        if let Some(slot) = self.index.get(key) {
-            let slot = *slot;
+        if let Some(slot) = self.slots.find(key) {
             self.row_mut(slot).used = true;
             return Ok(slot);
         }
         let settled = versions::settled(store, key)?;
-        let row = Row {
-            key: key.clone(),
-            settled,
-            lock: RowLock::default(),
-            unstored: Vec::new(),
-            listed: false,
-            used: true,
-        };
+        let row = Row::new(key.clone(), settled);
         self.bytes += row.bytes();
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(None);
-            Slot(u32::try_from(self.slots.len() - 1).expect("rows in memory are bounded"))
-        });
-        self.slots[slot.0 as usize] = Some(row);
-        self.index.insert(key.clone(), slot);
-        Ok(slot)
+        Ok(self.slots.insert(row))
     }
 
     /// The row in a slot.
     pub fn row(&self, slot: Slot) -> &Row {
-        self.slots[slot.0 as usize].as_ref().expect("a row that is used keeps its slot")
+        self.slots.get(slot).expect("a row that is used keeps its slot")
     }
 
     /// Lets a part hold a row.
     pub fn hold(&mut self, slot: Slot, ticket: Ticket, claim: Claim) {
-        let lock = &mut self.row_mut(slot).lock;
+        let lock = &mut self.row_mut(slot).busy_mut().lock;
         let first = !lock.is_held();
         lock.hold(ticket, claim);
         self.held += usize::from(first);
@@ -181,22 +203,24 @@ impl Rows {
 
     /// Puts a part in the line of a row.
     pub fn wait(&mut self, slot: Slot, ticket: Ticket, claim: Claim) {
-        self.row_mut(slot).lock.wait(ticket, claim);
+        self.row_mut(slot).busy_mut().lock.wait(ticket, claim);
     }
 
     /// Takes a part out of the line of a row, which is given as it is then.
     pub fn leave(&mut self, slot: Slot, ticket: Ticket) -> &RowLock {
-        let lock = &mut self.row_mut(slot).lock;
+        let row = self.row_mut(slot);
+        let lock = &mut row.busy_mut().lock;
         let was_held = lock.is_held();
         lock.remove(ticket);
         let last = was_held && !lock.is_held();
+        row.rest();
         self.held -= usize::from(last);
-        &self.row(slot).lock
+        self.row(slot).lock()
     }
 
     /// A row, if it is in memory.
     pub fn find(&self, key: &RowKey) -> Option<&Row> {
-        self.index.get(key).map(|slot| self.row(*slot))
+        self.slots.find(key).map(|slot| self.row(slot))
     }
 
     /// How many are held.
@@ -213,7 +237,7 @@ impl Rows {
         if row.settled.version <= position {
             return Ok(row.settled.clone());
         }
-        match row.unstored.iter().rev().find(|version| version.stamp <= position) {
+        match row.unstored().iter().rev().find(|version| version.stamp <= position) {
             Some(Unstored { stamp, bytes }) => {
                 Ok(RowAt { version: *stamp, value: Version::decode(bytes)?.result })
             }
@@ -255,7 +279,7 @@ impl Rows {
             goes_on = take(stamp, encoded);
             goes_on
         })?;
-        let unstored = self.find(key).map_or(&[][..], |row| &row.unstored);
+        let unstored = self.find(key).map_or(&[][..], Row::unstored);
         for Unstored { stamp, bytes } in unstored.iter().filter(|version| version.stamp >= from) {
             if !goes_on || *stamp > position {
                 break;
@@ -306,12 +330,12 @@ impl Rows {
     fn write(&mut self, store: &mut dyn Store, slot: Slot, stamp: Stamp, version: Version) {
         self.scratch.clear();
         self.scratch = encode_into(std::mem::take(&mut self.scratch), &version);
-        let row = self.slots[slot.0 as usize].as_mut().expect("a row that is used keeps its slot");
+        let row = self.slots.get_mut(slot).expect("a row that is used keeps its slot");
         store.note(&[row.key.as_bytes(), &stamp.0.to_be_bytes(), &self.scratch]);
         if !std::mem::replace(&mut row.listed, true) {
             self.changed.push(slot);
         }
-        row.unstored.push(Unstored { stamp, bytes: SmallVec::from_slice(&self.scratch) });
+        row.busy_mut().unstored.push(Unstored { stamp, bytes: SmallVec::from_slice(&self.scratch) });
         self.bytes -= row.bytes();
         row.settled = RowAt { version: stamp, value: version.result };
         self.bytes += row.bytes();
@@ -344,26 +368,23 @@ impl Rows {
             if self.bytes <= keep_bytes {
                 return;
             }
-            self.hand = (self.hand + 1) % self.slots.len();
-            let place = &mut self.slots[self.hand];
-            let Some(row) = place else { continue };
+            self.hand = self.slots.after(self.hand);
+            let Some(row) = self.slots.get_mut(self.hand) else { continue };
             if std::mem::take(&mut row.used) || row.listed || !row.is_idle() {
                 continue;
             }
             self.bytes -= row.bytes();
-            self.index.remove(&row.key);
-            *place = None;
-            self.free.push(Slot(self.hand as u32));
+            self.slots.remove(self.hand);
         }
     }
 
     fn row_mut(&mut self, slot: Slot) -> &mut Row {
-        self.slots[slot.0 as usize].as_mut().expect("a row that is used keeps its slot")
+        self.slots.get_mut(slot).expect("a row that is used keeps its slot")
     }
 
     /// The rows that must be in memory.
     fn busy(&self) -> impl Iterator<Item = &Row> {
-        self.slots.iter().flatten().filter(|row| !row.is_idle())
+        self.slots.iter().filter(|row| !row.is_idle())
     }
 }
 
@@ -372,7 +393,7 @@ impl PartialEq for Rows {
     fn eq(&self, other: &Rows) -> bool {
         let same = |row: &Row| {
             other.find(&row.key).is_some_and(|other| {
-                (&other.lock, &other.settled, &other.unstored) == (&row.lock, &row.settled, &row.unstored)
+                (other.busy(), &other.settled) == (row.busy(), &row.settled)
             })
         };
         self.busy().count() == other.busy().count() && self.busy().all(same)
@@ -385,7 +406,7 @@ impl Hash for Rows {
     fn hash<H: Hasher>(&self, state: &mut H) {
         use std::hash::BuildHasher as _;
         let hasher = FixedState::default();
-        let each = self.busy().map(|row| hasher.hash_one((&row.key, &row.lock, &row.settled, &row.unstored)));
+        let each = self.busy().map(|row| hasher.hash_one((&row.key, row.busy(), &row.settled)));
         each.fold(0_u64, u64::wrapping_add).hash(state);
     }
 }
@@ -395,7 +416,10 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::{ids::Millis, store::MemoryStore};
+    use crate::{
+        ids::{Epoch, GroupId, Millis, Number},
+        store::MemoryStore,
+    };
 
     fn row(partition: &str) -> RowKey {
         RowKey::new(partition, "USD").unwrap()
@@ -404,6 +428,36 @@ mod tests {
     fn id(stamp: u64) -> BatchId {
         BatchId::from_parts(Millis(stamp), [0; 10])
     }
+
+    /// A shard may keep millions of them.
+    #[test]
+    fn a_row_that_nobody_uses_is_small() {
+        let mut table = Table::default();
+        let key = row("user");
+        let slot = table.rows.seat(&table.store, &key).unwrap();
+        assert!(size_of::<Option<Row>>() <= 128, "{} bytes", size_of::<Option<Row>>());
+        table.add(&key, 1, 5, 0);
+        table.rows.hold(slot, TICKET, CLAIM);
+        table.flush(usize::MAX);
+        assert!(table.rows.row(slot).busy.is_some(), "it is held");
+        table.add(&key, 2, 5, 0);
+        table.rows.leave(slot, TICKET);
+        assert!(table.rows.row(slot).busy.is_some(), "a version of it is not stored");
+        table.flush(usize::MAX);
+        assert!(table.rows.row(slot).busy.is_none());
+    }
+
+    const TICKET: Ticket =
+        Ticket { number: Number { epoch: Epoch(0), sequence: 0 }, coordinator: GroupId(0) };
+    const CLAIM: Claim = Claim {
+        mode: crate::shard::Mode::Shared,
+        delta: 0,
+        lowest: i128::MIN,
+        highest: i128::MAX,
+        has_floor: false,
+        has_ceiling: false,
+        writes: false,
+    };
 
     /// Rows, with what is stored of them.
     #[derive(Default)]
@@ -470,8 +524,7 @@ mod tests {
 
         fn flush(&mut self, keep_bytes: usize) {
             self.rows.store_all(&mut self.store).unwrap();
-            let mut rows = self.rows.slots.iter().flatten();
-            assert!(rows.all(|row| row.unstored.is_empty()), "a flush stores all");
+            assert!(self.rows.slots.iter().all(|row| row.unstored().is_empty()), "a flush stores all");
             self.rows.trim(keep_bytes);
         }
 
@@ -552,22 +605,12 @@ mod tests {
     fn rows_that_are_held_or_not_stored_stay_in_memory() {
         let mut table = Table::default();
         let (idle, held, changed, waited) = (row("idle"), row("held"), row("changed"), row("waited"));
-        let ticket = Ticket { number: crate::ids::Number::default(), coordinator: crate::ids::GroupId(0) };
-        let claim = Claim {
-            mode: crate::shard::Mode::Shared,
-            delta: 0,
-            lowest: i128::MIN,
-            highest: i128::MAX,
-            has_floor: false,
-            has_ceiling: false,
-            writes: false,
-        };
         table.rows.seat(&table.store, &idle).unwrap();
         let slot = table.rows.seat(&table.store, &held).unwrap();
-        table.rows.hold(slot, ticket, claim);
+        table.rows.hold(slot, TICKET, CLAIM);
         assert_eq!(table.rows.held(), 1);
         let line = table.rows.seat(&table.store, &waited).unwrap();
-        table.rows.wait(line, ticket, claim);
+        table.rows.wait(line, TICKET, CLAIM);
         table.add(&changed, 1, 5, 0);
         table.rows.trim(0);
         assert!(table.rows.find(&idle).is_none(), "nobody needs it");
@@ -576,8 +619,8 @@ mod tests {
         assert!(table.rows.find(&held).is_some() && table.rows.find(&changed).is_none());
         assert!(table.rows.find(&waited).is_some(), "a part that waits stands in line there");
         assert_eq!(table.rows.row(slot).key(), &held, "who is held keeps its slot");
-        assert!(table.rows.leave(slot, ticket).is_free());
-        assert!(table.rows.leave(line, ticket).is_free());
+        assert!(table.rows.leave(slot, TICKET).is_free());
+        assert!(table.rows.leave(line, TICKET).is_free());
         assert_eq!(table.rows.held(), 0);
         table.rows.trim(0);
         assert_eq!(table.rows.bytes, 0);
