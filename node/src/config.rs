@@ -82,6 +82,15 @@ pub struct Config {
     /// So many entries are kept behind a snapshot, for replicas that lag.
     #[serde(default = "default_keep")]
     pub keep_entries: u64,
+    /// How much memory the rows of all shards of this node may take that were used lately, in MiB.
+    #[serde(default = "default_row_cache")]
+    pub row_cache_mib: usize,
+    /// The same of blocks of tables.
+    #[serde(default = "default_block_cache")]
+    pub block_cache_mib: usize,
+    /// How many threads run the node's tasks. None: as many as there are processors. Several nodes on one machine should share them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
     /// All nodes and where they listen, this one included.
     pub nodes: BTreeMap<String, String>,
     /// Which nodes have a replica of a shard. A shard that isn't listed has one on every node.
@@ -150,6 +159,14 @@ fn default_keep() -> u64 {
     Limits::default().keep_entries
 }
 
+fn default_row_cache() -> usize {
+    2048
+}
+
+fn default_block_cache() -> usize {
+    Limits::default().block_cache_bytes >> 20
+}
+
 impl Config {
     /// A configuration with defaults, for programs that make their own.
     pub fn new(
@@ -182,6 +199,9 @@ impl Config {
             election_timeout_max_ms: default_election_max(),
             snapshot_after_entries: default_snapshot_after(),
             keep_entries: default_keep(),
+            row_cache_mib: default_row_cache(),
+            block_cache_mib: default_block_cache(),
+            threads: None,
             nodes,
             shard_replicas: BTreeMap::new(),
         }
@@ -247,6 +267,7 @@ impl Config {
             }
         }
         ensure!(self.snapshot_after_entries > 0, "`snapshot_after_entries` is 0, it must be at least 1");
+        ensure!(self.threads != Some(0), "`threads` is 0: leave it out to have one for each processor");
         for (shard, ids) in &self.shard_replicas {
             ensure!(
                 !ids.is_empty(),
@@ -337,13 +358,15 @@ impl Config {
         }
     }
 
-    /// The bounds of Raft's logs and queues.
-    pub fn raft_limits(&self) -> Limits {
-        Limits {
+    /// The bounds of Raft's logs and queues, and of what is kept in memory.
+    pub fn raft_limits(&self) -> Result<Limits> {
+        Ok(Limits {
             snapshot_after_entries: self.snapshot_after_entries,
             keep_entries: self.keep_entries,
+            block_cache_bytes: self.block_cache_mib << 20,
+            state_cache_bytes: (self.row_cache_mib << 20) / self.own_shards()?.len().max(1),
             ..Limits::default()
-        }
+        })
     }
 
     /// The intervals of Raft.
@@ -389,6 +412,15 @@ mod tests {
     }
 
     #[test]
+    fn the_shards_of_a_node_share_its_memory() {
+        let mut config: Config = toml::from_str(GOOD).unwrap();
+        assert_eq!(config.raft_limits().unwrap().state_cache_bytes, 512 << 20);
+        config.shard_replicas.insert("2".to_owned(), vec![2, 3]);
+        config.row_cache_mib = 30;
+        assert_eq!(config.raft_limits().unwrap().state_cache_bytes, 10 << 20);
+    }
+
+    #[test]
     fn one_file_serves_all_nodes() {
         let shared = GOOD.replace("node = 1", "");
         assert_eq!(Config::parse(&shared, Some(3)).unwrap().node, 3);
@@ -402,7 +434,7 @@ mod tests {
         assert!(problem(|text| text.replace("7402", "7403")).contains("same address"));
         assert!(problem(|text| text.replace("shards = 4", "shards = 0")).contains("`shards` is 0"));
         assert!(problem(|text| text.replace("shards = 4", "shard = 4")).contains("shard"));
-        for setting in ["retention_seconds", "decisions_max"] {
+        for setting in ["retention_seconds", "decisions_max", "threads"] {
             let told = problem(|text| text.replace("shards = 4", &format!("shards = 4\n{setting} = 0")));
             assert!(told.contains(&format!("`{setting}` is 0")), "{told}");
         }

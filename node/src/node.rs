@@ -70,7 +70,7 @@ impl Node {
         S: Stream<Item = std::io::Result<I>> + Send + 'static,
     {
         let surroundings = Surroundings::of_this_machine(connect);
-        Node::start_in(config, Surroundings { limits: config.raft_limits(), ..surroundings }, incoming).await
+        Node::start_in(config, Surroundings { limits: config.raft_limits()?, ..surroundings }, incoming).await
     }
 
     /// The same, in other surroundings.
@@ -230,6 +230,13 @@ pub struct NodeArgs {
     /// End at once when the process that started this one has ended, or has closed this one's stdin.
     #[arg(long, hide = true)]
     pub ends_with_parent: bool,
+}
+
+impl NodeArgs {
+    /// How many threads the configuration asks for, if it can be read. If it can't, [`run`] tells why.
+    pub fn threads(&self) -> Option<usize> {
+        Config::load(&self.config, self.node).ok()?.threads
+    }
 }
 
 /// Runs `verdict node`.

@@ -114,6 +114,7 @@ impl Cluster {
         let plan = &self.plan;
         let mut config = Config::new(&plan.name, node, &addresses.listen, data.clone(), plan.shards, list);
         config.join = join;
+        config.threads = Some(threads_of_each(plan.nodes));
         if plan.proxied {
             config.connect_from = Some(source_address(node).parse().context("make an address")?);
         }
@@ -345,6 +346,12 @@ impl Plan {
             },
         }
     }
+}
+
+/// So many threads has each of some nodes that share this machine. More would only wake each other up.
+fn threads_of_each(nodes: u64) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    (processors / usize::try_from(nodes).unwrap_or(usize::MAX)).max(1)
 }
 
 /// The table `[nodes]` of a configuration.

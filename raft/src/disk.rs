@@ -144,12 +144,19 @@ pub(crate) fn log_key(group: GroupId, index: u64) -> [u8; 12] {
 
 /// Version, checksum over key and contents, contents.
 pub(crate) fn seal<T: Serialize>(key: &[u8], value: &T) -> Vec<u8> {
-    let mut sealed = vec![0; HEADER_BYTES];
-    sealed = postcard::to_extend(value, sealed).expect("encoding into memory can't fail");
+    let mut sealed = encode_behind(HEADER_BYTES, value);
     sealed[0] = VERSION;
     let sum = checksum(&[key, &sealed[HEADER_BYTES..]]);
     sealed[1..HEADER_BYTES].copy_from_slice(&sum);
     sealed
+}
+
+/// A value behind so many zeros, in memory that is taken once: entries may be long.
+pub(crate) fn encode_behind<T: Serialize>(zeros: usize, value: &T) -> Vec<u8> {
+    let bytes = postcard::experimental::serialized_size(value).expect("what is encoded has a size");
+    let mut encoded = Vec::with_capacity(zeros + bytes);
+    encoded.resize(zeros, 0);
+    postcard::to_extend(value, encoded).expect("encoding into memory can't fail")
 }
 
 /// The contents of what [`seal`] made.

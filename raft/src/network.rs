@@ -31,7 +31,7 @@ use verdict_proto::v1;
 use verdict_protocol::ids::GroupId;
 
 use crate::{
-    disk::apart,
+    disk::{apart, encode_behind},
     heard::Heard,
     node::Node,
     peer::{self, Answer, Peer, kind},
@@ -319,7 +319,7 @@ fn unreachable(why: String) -> Error {
 
 /// The bodies of messages are in postcard's format.
 pub(crate) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    postcard::to_stdvec(value).expect("encoding into memory can't fail")
+    encode_behind(0, value)
 }
 
 fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {

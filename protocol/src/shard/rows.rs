@@ -344,16 +344,17 @@ impl Rows {
     /// Brings all that is not stored to the store.
     pub fn store_all(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
         let mut changed = std::mem::take(&mut self.changed);
+        // In order: that is how databases keep them.
         changed.sort_unstable_by_key(|slot| &self.row(*slot).key);
-        // Both tables in order, one after the other: that is how databases keep them.
         let mut scratch = std::mem::take(&mut self.scratch);
-        changed.iter().try_for_each(|slot| self.row(*slot).store_settled(store, &mut scratch))?;
-        self.scratch = scratch;
-        changed.into_iter().try_for_each(|slot| {
+        let stored = changed.into_iter().try_for_each(|slot| {
             let row = self.row_mut(slot);
             row.listed = false;
+            row.store_settled(store, &mut scratch)?;
             row.store_versions(store)
-        })
+        });
+        self.scratch = scratch;
+        stored
     }
 
     /// Brings what is not stored of a row to the store.
