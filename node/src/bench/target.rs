@@ -21,6 +21,11 @@ pub const NODES: u64 = 3;
 /// How long moving the leaders of all groups may take.
 const MOVE_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(50);
+/// Nodes that use no more of a processor together than this do nothing but keep in touch.
+const QUIET: f64 = 0.15;
+/// How long they are looked at for that, and how long they may take to come to it.
+const LOOK: Duration = Duration::from_secs(1);
+const QUIET_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The cluster.
 #[derive(Debug)]
@@ -86,6 +91,22 @@ impl Target {
     /// What its nodes have used so far, as far as they can be looked at from here.
     pub fn usages(&self) -> anyhow::Result<Usages> {
         self.processes.iter().map(|(node, process)| Ok((*node, Usage::of(*process)?))).collect()
+    }
+
+    /// Waits until the nodes have done what is left to do after a load: mostly tables that are to be merged. Tells how long that took.
+    pub async fn quiet(&self) -> anyhow::Result<Duration> {
+        let began = Instant::now();
+        let mut before = self.usages()?;
+        while began.elapsed() < QUIET_TIMEOUT {
+            sleep(LOOK).await;
+            let now = self.usages()?;
+            let used = now.iter().filter_map(|(node, usage)| Some(usage.since(before.get(node)?).processor));
+            if used.sum::<Duration>().as_secs_f64() < QUIET * LOOK.as_secs_f64() {
+                break;
+            }
+            before = now;
+        }
+        Ok(began.elapsed())
     }
 
     /// Asks this node for nothing, since it won't answer.
