@@ -5,7 +5,10 @@
 //! a tenth of a second takes much longer than the quickest ever did, fewer are let in; else, if somebody had to wait at the door, more.
 //! It is the quickest that counts, because one that waits for a lock or for a dead shard says nothing about the others (promise G9).
 //!
-//! Who finds no room waits at the door, but not for longer than [`PATIENCE`] while others are settled: then it is refused (RESOURCE_EXHAUSTED).
+//! Who finds no room waits at the door, but not for long while others are settled: then it is refused (RESOURCE_EXHAUSTED). A crowd that
+//! comes at once is let in bit by bit, so it may wait for [`PATIENCE`]; where the door has had a crowd for [`CROWDED`] intervals, more come
+//! than can be settled, and who waits for longer than [`PATIENCE_IN_CROWD`] would only be late (as CoDel tells a standing queue from a
+//! burst: Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 10:5, 2012).
 //! Streams are read all the same, for what waits unread in a connection waits unseen, and for longer than anybody wants. While nothing
 //! is settled, as during an election, all wait.
 //!
@@ -31,7 +34,10 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// In intervals: so long in flight is stuck.
 const STUCK: usize = 10;
 /// How long a batch waits at the door of a node that is busy.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_millis(200);
+/// The same where somebody has waited in each of the last [`CROWDED`] intervals.
+const PATIENCE_IN_CROWD: Duration = Duration::from_millis(50);
+const CROWDED: usize = 5;
 /// The fewest that may be in flight.
 const LEAST: usize = 64;
 /// How many may be in flight at first.
@@ -39,7 +45,7 @@ const FIRST: usize = 1024;
 /// Fewer say nothing about the node.
 const SAMPLES_MIN: usize = 4;
 /// The quickest of an interval may take this and twice the quickest ever.
-const SLACK: Duration = Duration::from_millis(20);
+const SLACK: Duration = Duration::from_millis(10);
 /// By this part the quickest ever is forgotten with each interval in which no fewer could be let in: then it isn't those that wait who make
 /// the others slow, but, for example, a longer way to a quorum.
 const FORGOTTEN: u32 = 16;
@@ -65,6 +71,8 @@ struct State {
     samples: usize,
     quickest_ever: Option<Duration>,
     somebody_waited: bool,
+    /// In how many intervals in a row before the present one somebody waited.
+    crowded: usize,
     /// Whether anything was decided in the interval before.
     settled_before: bool,
 }
@@ -88,6 +96,7 @@ impl Admission {
             samples: 0,
             quickest_ever: None,
             somebody_waited: false,
+            crowded: 0,
             settled_before: false,
         };
         Arc::new(Admission {
@@ -130,6 +139,11 @@ impl Admission {
         }
     }
 
+    /// How long a batch may wait now, if others are settled.
+    pub(crate) fn patience(&self) -> Duration {
+        if self.lock().crowded >= CROWDED { PATIENCE_IN_CROWD } else { PATIENCE }
+    }
+
     /// Whether batches are settled now, as far as is known.
     pub(crate) fn settles(&self) -> bool {
         let mut state = self.lock();
@@ -163,6 +177,7 @@ impl State {
         let next = self.next_limit(limit).min(door.most);
         door.limit.store(next, Ordering::Relaxed);
         self.settled_before = self.samples > 0;
+        self.crowded = if self.somebody_waited { self.crowded + 1 } else { 0 };
         (self.quickest, self.samples, self.somebody_waited) = (None, 0, false);
         let over = now.duration_since(self.ends).as_millis() / INTERVAL.as_millis();
         let over = 1 + usize::try_from(over).unwrap_or(usize::MAX).min(STUCK);
@@ -261,6 +276,27 @@ mod tests {
             limit = after(&door, limit, 1, 2 + limit as u64 / 5);
             assert!(interval < 60 || (LEAST..=200).contains(&limit), "{limit} after {interval}");
         }
+    }
+
+    /// Who comes with many others at once is let in bit by bit; a crowd that doesn't end is more than can be settled.
+    #[tokio::test(start_paused = true)]
+    async fn a_crowd_that_stays_waits_for_less_than_one_that_comes() {
+        let door = Admission::new(1);
+        let _one = door.enter();
+        let intervals = async |waits: bool, count: usize| {
+            for _ in 0..count {
+                door.lock().somebody_waited |= waits;
+                tokio::time::advance(INTERVAL).await;
+                door.lock().advance(&door, Instant::now());
+            }
+        };
+        assert_eq!(door.patience(), PATIENCE);
+        intervals(true, CROWDED - 1).await;
+        assert_eq!(door.patience(), PATIENCE);
+        intervals(true, 10).await;
+        assert_eq!(door.patience(), PATIENCE_IN_CROWD);
+        intervals(false, 1).await;
+        assert_eq!(door.patience(), PATIENCE, "nobody waits any more");
     }
 
     #[test]

@@ -35,7 +35,7 @@ use verdict_protocol::{
 use verdict_raft::{Group, ReadError};
 
 use crate::{
-    admission::{Admission, PATIENCE},
+    admission::Admission,
     caller::Caller,
     driver::{Answer, NotServed, Question, Request},
     failure::{CallFailure, is_answer, says_not_leader},
@@ -236,7 +236,7 @@ impl Gateway {
             return Ok(());
         }
         let _place = self.place_at_door(batch).ok_or_else(busy)?;
-        while tokio::time::timeout(PATIENCE, self.admission.room_for_call()).await.is_err() {
+        while tokio::time::timeout(self.admission.patience(), self.admission.room_for_call()).await.is_err() {
             if self.admission.settles() {
                 return Err(busy());
             }

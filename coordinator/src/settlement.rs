@@ -4,6 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     pin::Pin,
     sync::Arc,
+    time::Duration,
 };
 
 use futures::{FutureExt, Stream};
@@ -20,7 +21,6 @@ use verdict_proto::{
 use verdict_protocol::{ids::BatchId, leader::Reply};
 
 use crate::{
-    admission::PATIENCE,
     caller::Caller,
     driver::{Answer, NotServed, Question, Request as DriverRequest},
     failure::CallFailure,
@@ -32,6 +32,8 @@ use crate::{
 const OUTGOING: usize = 256;
 /// Answers taken at once.
 const ANSWERS_PER_ROUND: usize = 1024;
+/// So often it is looked who has waited at the door for too long.
+const LOOK_AT_DOOR: Duration = Duration::from_millis(25);
 /// Messages read at once.
 const MESSAGES_PER_ROUND: usize = 64;
 
@@ -274,7 +276,7 @@ impl SubmitStream {
                     }
                 }
                 () = self.gateway.admission.room(), if !self.at_door.is_empty() => {}
-                () = sleep(PATIENCE / 4), if !self.at_door.is_empty() => {}
+                () = sleep(LOOK_AT_DOOR), if !self.at_door.is_empty() => {}
                 message = self.incoming.message(), if wants_more => {
                     // And what else is there already, without looking at all the rest for each of them.
                     let (came, mut next, mut taken) = (Instant::now(), Some(message), 0);
@@ -339,7 +341,7 @@ impl SubmitStream {
             let refused = match &first.place {
                 None => Some(busy().call_error()),
                 Some(_) if admission.has_room() => None,
-                Some(_) if first.came.elapsed() > PATIENCE && admission.settles() => {
+                Some(_) if first.came.elapsed() > admission.patience() && admission.settles() => {
                     Some(busy().call_error())
                 }
                 Some(_) if first.deadline(&self.gateway) <= Instant::now() => {

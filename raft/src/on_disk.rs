@@ -35,7 +35,7 @@ const LOG_MEMTABLE_BYTES: usize = 64 << 20;
 const META_MEMTABLE_BYTES: usize = 16 << 20;
 const STATE_MEMTABLE_BYTES: usize = 64 << 20;
 /// How much of the state's memtable is a filter that tells which keys it doesn't have.
-const MEMTABLE_BLOOM_RATIO: f64 = 0.05;
+const MEMTABLE_BLOOM_RATIO: f64 = 0.0125;
 /// Keys of the state that begin alike in so many bytes (group, generation, the machine's mark, its table) come in order with each flush:
 /// each is put behind the one before, without a search from the top.
 const STATE_HINT: &str = "memtable_insert_with_hint_prefix_extractor=rocksdb.FixedPrefix.10";
