@@ -36,8 +36,9 @@ const META_MEMTABLE_BYTES: usize = 16 << 20;
 const STATE_MEMTABLE_BYTES: usize = 64 << 20;
 /// How much of the state's memtable is a filter that tells which keys it doesn't have.
 const MEMTABLE_BLOOM_RATIO: f64 = 0.0125;
-/// Keys of the state that begin alike in so many bytes (group, generation, the machine's mark, its table) come in order with each flush:
-/// each is put behind the one before, without a search from the top.
+/// Keys that begin alike in so many bytes come in order, so each is put behind the one before, without a search from the top: entries of
+/// one group; and with each flush, keys of one table of a group's state (group, generation, the machine's mark, table).
+const LOG_HINT: &str = "memtable_insert_with_hint_prefix_extractor=rocksdb.FixedPrefix.4";
 const STATE_HINT: &str = "memtable_insert_with_hint_prefix_extractor=rocksdb.FixedPrefix.10";
 /// The write-ahead log is cut when it reaches this size in all.
 const WAL_BYTES_MAX: u64 = 512 << 20;
@@ -172,7 +173,12 @@ fn family_options(table: Table, cache: &Cache) -> ColumnFamilyDescriptor {
     let mut blocks = BlockBasedOptions::default();
     blocks.set_block_cache(cache);
     blocks.set_bloom_filter(10.0, false);
-    let mut options = Options::default();
+    let hint = match table {
+        Table::Log => LOG_HINT,
+        Table::Meta => "",
+        Table::State => STATE_HINT,
+    };
+    let mut options = Options::default().get_options_from_string(hint).expect("RocksDB knows these options");
     options.set_block_based_table_factory(&blocks);
     options.set_write_buffer_size(match table {
         Table::Log => LOG_MEMTABLE_BYTES,
@@ -186,7 +192,6 @@ fn family_options(table: Table, cache: &Cache) -> ColumnFamilyDescriptor {
         options.set_compression_type(rocksdb::DBCompressionType::Lz4);
     }
     if table.is_state() {
-        options = options.get_options_from_string(STATE_HINT).expect("RocksDB knows the option");
         set_tables(&mut options, STATE_TABLES);
         options.set_max_bytes_for_level_base(STATE_LEVEL_BYTES);
         // Every new record is looked up once before it is there.

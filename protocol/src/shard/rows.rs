@@ -393,9 +393,9 @@ impl Rows {
 impl PartialEq for Rows {
     fn eq(&self, other: &Rows) -> bool {
         let same = |row: &Row| {
-            other.find(&row.key).is_some_and(|other| {
-                (other.busy(), &other.settled) == (row.busy(), &row.settled)
-            })
+            other
+                .find(&row.key)
+                .is_some_and(|other| (other.busy(), &other.settled) == (row.busy(), &row.settled))
         };
         self.busy().count() == other.busy().count() && self.busy().all(same)
     }

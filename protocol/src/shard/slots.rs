@@ -57,9 +57,8 @@ impl Slots {
     /// The slot of a row.
     pub fn find(&self, key: &RowKey) -> Option<Slot> {
         let piece = self.piece(key);
-        let is_it = |entry: &Entry| {
-            entry.piece == piece && self.get(entry.slot).is_some_and(|row| row.key() == key)
-        };
+        let is_it =
+            |entry: &Entry| entry.piece == piece && self.get(entry.slot).is_some_and(|row| row.key() == key);
         self.index.find(spread(piece), is_it).map(|entry| entry.slot)
     }
 
