@@ -71,7 +71,7 @@ struct State {
     samples: usize,
     quickest_ever: Option<Duration>,
     somebody_waited: bool,
-    /// In how many intervals in a row before the present one somebody waited.
+    /// In how many intervals in a row before the present one somebody waited while others were settled.
     crowded: usize,
     /// Whether anything was decided in the interval before.
     settled_before: bool,
@@ -141,7 +141,9 @@ impl Admission {
 
     /// How long a batch may wait now, if others are settled.
     pub(crate) fn patience(&self) -> Duration {
-        if self.lock().crowded >= CROWDED { PATIENCE_IN_CROWD } else { PATIENCE }
+        let mut state = self.lock();
+        state.advance(self, Instant::now());
+        if state.crowded >= CROWDED { PATIENCE_IN_CROWD } else { PATIENCE }
     }
 
     /// Whether batches are settled now, as far as is known.
@@ -177,10 +179,12 @@ impl State {
         let next = self.next_limit(limit).min(door.most);
         door.limit.store(next, Ordering::Relaxed);
         self.settled_before = self.samples > 0;
-        self.crowded = if self.somebody_waited { self.crowded + 1 } else { 0 };
-        (self.quickest, self.samples, self.somebody_waited) = (None, 0, false);
         let over = now.duration_since(self.ends).as_millis() / INTERVAL.as_millis();
         let over = 1 + usize::try_from(over).unwrap_or(usize::MAX).min(STUCK);
+        // One that waits looks in at least once in an interval: where nobody did, nobody was there.
+        let is_crowd = self.somebody_waited && self.samples > 0 && over <= 2;
+        self.crowded = if is_crowd { self.crowded + 1 } else { 0 };
+        (self.quickest, self.samples, self.somebody_waited) = (None, 0, false);
         for _ in 0..over {
             self.interval += 1;
             let stuck = std::mem::take(&mut self.came[self.interval % STUCK]);
@@ -283,20 +287,28 @@ mod tests {
     async fn a_crowd_that_stays_waits_for_less_than_one_that_comes() {
         let door = Admission::new(1);
         let _one = door.enter();
-        let intervals = async |waits: bool, count: usize| {
+        let intervals = async |waits: bool, settled: usize, count: usize| {
             for _ in 0..count {
-                door.lock().somebody_waited |= waits;
+                let mut state = door.lock();
+                state.somebody_waited |= waits;
+                state.samples += settled;
+                drop(state);
                 tokio::time::advance(INTERVAL).await;
                 door.lock().advance(&door, Instant::now());
             }
         };
         assert_eq!(door.patience(), PATIENCE);
-        intervals(true, CROWDED - 1).await;
+        intervals(true, 1, CROWDED - 1).await;
         assert_eq!(door.patience(), PATIENCE);
-        intervals(true, 10).await;
+        intervals(true, 1, 10).await;
         assert_eq!(door.patience(), PATIENCE_IN_CROWD);
-        intervals(false, 1).await;
+        intervals(false, 1, 1).await;
         assert_eq!(door.patience(), PATIENCE, "nobody waits any more");
+        intervals(true, 0, 2 * CROWDED).await;
+        assert_eq!(door.patience(), PATIENCE, "nothing is settled: they wait for an election");
+        intervals(true, 1, CROWDED).await;
+        tokio::time::advance(INTERVAL * 30).await;
+        assert_eq!(door.patience(), PATIENCE, "nobody was there for seconds");
     }
 
     #[test]

@@ -16,9 +16,15 @@ use verdict_protocol::{
 };
 use verdict_raft::{Limits, Timing};
 
+use crate::memory;
+
 /// The most shards a cluster may have: a node keeps what each of its groups has acknowledged in one block of its disk, which has room for
 /// so many, and some.
 const SHARDS_MAX: u32 = 256;
+
+/// The most memory that a cache may be given, in MiB: more must be a mistake of units.
+const CACHE_MIB_MAX: usize = 512 << 10;
+const THREADS_MAX: usize = 1024;
 
 /// The configuration file of a node (TOML). docs/operations.md explains each setting.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -82,10 +88,11 @@ pub struct Config {
     /// So many entries are kept behind a snapshot, for replicas that lag.
     #[serde(default = "default_keep")]
     pub keep_entries: u64,
-    /// How much memory the rows of all shards of this node may take that were used lately, in MiB.
-    #[serde(default = "default_row_cache")]
-    pub row_cache_mib: usize,
-    /// The same of blocks of tables.
+    /// How much memory the rows that were used lately may take, in MiB: each shard of this node has an equal part. None: a quarter of
+    /// what this process may use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub row_cache_mib: Option<usize>,
+    /// How much memory blocks of tables may take that were read lately, in MiB.
     #[serde(default = "default_block_cache")]
     pub block_cache_mib: usize,
     /// How many threads run the node's tasks. None: as many as there are processors. Several nodes on one machine should share them.
@@ -159,10 +166,6 @@ fn default_keep() -> u64 {
     Limits::default().keep_entries
 }
 
-fn default_row_cache() -> usize {
-    2048
-}
-
 fn default_block_cache() -> usize {
     Limits::default().block_cache_bytes >> 20
 }
@@ -199,7 +202,7 @@ impl Config {
             election_timeout_max_ms: default_election_max(),
             snapshot_after_entries: default_snapshot_after(),
             keep_entries: default_keep(),
-            row_cache_mib: default_row_cache(),
+            row_cache_mib: None,
             block_cache_mib: default_block_cache(),
             threads: None,
             nodes,
@@ -267,7 +270,20 @@ impl Config {
             }
         }
         ensure!(self.snapshot_after_entries > 0, "`snapshot_after_entries` is 0, it must be at least 1");
-        ensure!(self.threads != Some(0), "`threads` is 0: leave it out to have one for each processor");
+        for (setting, mib) in
+            [("row_cache_mib", self.row_cache_mib), ("block_cache_mib", Some(self.block_cache_mib))]
+        {
+            ensure!(
+                mib.is_none_or(|mib| (1..=CACHE_MIB_MAX).contains(&mib)),
+                "`{setting}` is {}, it must be 1 to {CACHE_MIB_MAX}, in MiB",
+                mib.unwrap_or_default()
+            );
+        }
+        ensure!(
+            self.threads.is_none_or(|threads| (1..=THREADS_MAX).contains(&threads)),
+            "`threads` is {}, it must be 1 to {THREADS_MAX}; left out, there is one for each processor",
+            self.threads.unwrap_or_default()
+        );
         for (shard, ids) in &self.shard_replicas {
             ensure!(
                 !ids.is_empty(),
@@ -360,11 +376,12 @@ impl Config {
 
     /// The bounds of Raft's logs and queues, and of what is kept in memory.
     pub fn raft_limits(&self) -> Result<Limits> {
+        let row_cache_mib = self.row_cache_mib.unwrap_or_else(|| memory::row_cache_mib(1));
         Ok(Limits {
             snapshot_after_entries: self.snapshot_after_entries,
             keep_entries: self.keep_entries,
             block_cache_bytes: self.block_cache_mib << 20,
-            state_cache_bytes: (self.row_cache_mib << 20) / self.own_shards()?.len().max(1),
+            state_cache_bytes: (row_cache_mib << 20) / self.own_shards()?.len().max(1),
             ..Limits::default()
         })
     }
@@ -414,9 +431,10 @@ mod tests {
     #[test]
     fn the_shards_of_a_node_share_its_memory() {
         let mut config: Config = toml::from_str(GOOD).unwrap();
-        assert_eq!(config.raft_limits().unwrap().state_cache_bytes, 512 << 20);
+        let quarter = memory::row_cache_mib(1) << 20;
+        assert_eq!(config.raft_limits().unwrap().state_cache_bytes, quarter / 4);
         config.shard_replicas.insert("2".to_owned(), vec![2, 3]);
-        config.row_cache_mib = 30;
+        config.row_cache_mib = Some(30);
         assert_eq!(config.raft_limits().unwrap().state_cache_bytes, 10 << 20);
     }
 
@@ -434,10 +452,15 @@ mod tests {
         assert!(problem(|text| text.replace("7402", "7403")).contains("same address"));
         assert!(problem(|text| text.replace("shards = 4", "shards = 0")).contains("`shards` is 0"));
         assert!(problem(|text| text.replace("shards = 4", "shard = 4")).contains("shard"));
-        for setting in ["retention_seconds", "decisions_max", "threads"] {
+        for setting in ["retention_seconds", "decisions_max", "threads", "row_cache_mib", "block_cache_mib"] {
             let told = problem(|text| text.replace("shards = 4", &format!("shards = 4\n{setting} = 0")));
             assert!(told.contains(&format!("`{setting}` is 0")), "{told}");
         }
+        let bytes = problem(|text| text.replace("shards = 4", "shards = 4\nrow_cache_mib = 2147483648"));
+        assert!(bytes.contains("in MiB"), "{bytes}");
+        assert!(
+            problem(|text| text.replace("shards = 4", "shards = 4\nthreads = 100000")).contains("1 to 1024")
+        );
         assert!(problem(|text| text.replace("\"127.0.0.1:7402\"", "\"nowhere\"")).contains("host:port"));
         assert!(
             problem(|text| text.replace("shards = 4", "shards = 4\ncoordinators = [7]")).contains("node 7")

@@ -17,7 +17,7 @@ use verdict_client::{Client, Options, row};
 use verdict_proto::connect::InProcess;
 use verdict_protocol::{batch::Placement, ids::ShardId};
 
-use crate::{config::Config, node::Node};
+use crate::{config::Config, memory, node::Node};
 
 /// How many nodes there are: one may fail.
 const NODES: u64 = 3;
@@ -43,7 +43,8 @@ impl Cluster {
         let mut nodes = Vec::new();
         for node in 1..=NODES {
             let data: PathBuf = directory.join(format!("node-{node}"));
-            let config = Config::new("embedded", node, &address(node), data, shards, all.clone());
+            let mut config = Config::new("embedded", node, &address(node), data, shards, all.clone());
+            config.row_cache_mib = Some(memory::row_cache_mib(NODES));
             let incoming = ReceiverStream::new(network.listen(&address(node)));
             let started = Node::start(&config, Arc::new(network.clone()), incoming).await;
             nodes.push(started.with_context(|| format!("start node {node} of the cluster in this process"))?);

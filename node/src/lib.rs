@@ -11,6 +11,7 @@ pub mod drill;
 pub mod embedded;
 pub mod folder;
 pub mod local;
+pub mod memory;
 pub mod node;
 pub mod out;
 pub mod page;

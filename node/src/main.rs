@@ -2,6 +2,7 @@
 
 use std::{io::IsTerminal as _, process::ExitCode};
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use verdict_node::{bench, ctl, demo, dev, drill, err, node, out, settle};
@@ -61,30 +62,17 @@ fn main() -> ExitCode {
         .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .init();
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if let Command::Node(args) = &arguments.command
-        && let Some(threads) = args.threads()
-    {
-        runtime.worker_threads(threads);
-    }
-    let runtime = match runtime.enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            err!("verdict: start the runtime: {error}");
-            return ExitCode::FAILURE;
+    let result = match arguments.command {
+        Command::Node(args) => {
+            args.load().and_then(|config| block_on(config.threads, node::run(args, config)))
         }
+        Command::Dev(args) => block_on(None, dev::run(args)),
+        Command::Demo(args) => block_on(None, demo::run(args)),
+        Command::Drill(args) => block_on(None, drill::run(args)),
+        Command::Bench(args) => block_on(None, bench::run(args)),
+        Command::Settle(args) => block_on(None, settle::run(args)),
+        Command::Ctl(args) => block_on(None, ctl::run(args)),
     };
-    let result = runtime.block_on(async {
-        match arguments.command {
-            Command::Node(args) => node::run(args).await,
-            Command::Dev(args) => dev::run(args).await,
-            Command::Demo(args) => demo::run(args).await,
-            Command::Drill(args) => drill::run(args).await,
-            Command::Bench(args) => bench::run(args).await,
-            Command::Settle(args) => settle::run(args).await,
-            Command::Ctl(args) => ctl::run(args).await,
-        }
-    });
     let code = result.unwrap_or_else(|error| {
         err!("verdict: {error:#}");
         ExitCode::FAILURE
@@ -96,4 +84,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs a command to its end, on so many threads; None: one for each processor.
+fn block_on(
+    threads: Option<usize>,
+    command: impl Future<Output = anyhow::Result<ExitCode>>,
+) -> anyhow::Result<ExitCode> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if let Some(threads) = threads {
+        runtime.worker_threads(threads);
+    }
+    runtime.enable_all().build().context("start the runtime")?.block_on(command)
 }

@@ -233,21 +233,20 @@ pub struct NodeArgs {
 }
 
 impl NodeArgs {
-    /// How many threads the configuration asks for, if it can be read. If it can't, [`run`] tells why.
-    pub fn threads(&self) -> Option<usize> {
-        Config::load(&self.config, self.node).ok()?.threads
+    /// The configuration.
+    pub fn load(&self) -> Result<Config> {
+        Config::load(&self.config, self.node)
     }
 }
 
 /// Runs `verdict node`.
-pub async fn run(args: NodeArgs) -> Result<ExitCode> {
+pub async fn run(args: NodeArgs, config: Config) -> Result<ExitCode> {
     if args.ends_with_parent {
         end_with_parent()?;
     }
     verdict_failpoints::start().map_err(|error| anyhow!(error)).context(verdict_failpoints::VARIABLE)?;
     // Before anything that takes time: process 1 of a container ignores the signals that nobody waits for.
     let interrupted = interrupted()?;
-    let config = Config::load(&args.config, args.node)?;
     let listener =
         TcpListener::bind(&config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
     let connect: Arc<dyn Connect> = match config.connect_from {

@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, ChildStdin, Command};
 use verdict_client::{Client, Options};
 
-use crate::{cluster_state, config::Config, usage::Usage};
+use crate::{cluster_state, config::Config, memory, usage::Usage};
 
 /// Ports are looked for from here on, below those that systems hand out by themselves: a port that is free while its node is
 /// down stays free.
@@ -115,6 +115,7 @@ impl Cluster {
         let mut config = Config::new(&plan.name, node, &addresses.listen, data.clone(), plan.shards, list);
         config.join = join;
         config.threads = Some(threads_of_each(plan.nodes));
+        config.row_cache_mib = Some(memory::row_cache_mib(plan.nodes));
         if plan.proxied {
             config.connect_from = Some(source_address(node).parse().context("make an address")?);
         }

@@ -57,6 +57,11 @@ impl RowKey {
         &self.0
     }
 
+    /// What it takes in memory beside itself, in bytes: a long one doesn't lie in place.
+    pub fn heap_bytes(&self) -> usize {
+        if self.0.spilled() { self.0.capacity() } else { 0 }
+    }
+
     /// The partition.
     pub fn partition(&self) -> &str {
         self.parts().0

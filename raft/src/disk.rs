@@ -134,11 +134,14 @@ pub(crate) fn incarnation_key(node: u64) -> [u8; 9] {
     key
 }
 
+/// How long the group is with which keys begin.
+pub(crate) const GROUP_BYTES: usize = 4;
+
 /// The key of an entry in `log`.
 pub(crate) fn log_key(group: GroupId, index: u64) -> [u8; 12] {
     let mut key = [0; 12];
-    key[..4].copy_from_slice(&group.0.to_be_bytes());
-    key[4..].copy_from_slice(&index.to_be_bytes());
+    key[..GROUP_BYTES].copy_from_slice(&group.0.to_be_bytes());
+    key[GROUP_BYTES..].copy_from_slice(&index.to_be_bytes());
     key
 }
 
@@ -151,7 +154,8 @@ pub(crate) fn seal<T: Serialize>(key: &[u8], value: &T) -> Vec<u8> {
     sealed
 }
 
-/// A value behind so many zeros, in memory that is taken once: entries may be long.
+/// A value behind so many zeros, in memory that is taken once: entries may be long, and a buffer that grows is copied again and again. Its
+/// size costs little: what is long in it are strings of bytes.
 pub(crate) fn encode_behind<T: Serialize>(zeros: usize, value: &T) -> Vec<u8> {
     let bytes = postcard::experimental::serialized_size(value).expect("what is encoded has a size");
     let mut encoded = Vec::with_capacity(zeros + bytes);

@@ -24,7 +24,8 @@ use rocksdb::{
 
 use crate::{
     api::HostError,
-    disk::{damaged, host_error, seal},
+    disk::{GROUP_BYTES, damaged, host_error, seal},
+    state::PREFIX_BYTES,
     storage::{Batch, Cursor, File, Open, Reads, Start, Storage, Table, Tables},
     wal::{self, Manifest, SYNCED, Synced, SyncedFile},
 };
@@ -34,12 +35,9 @@ use crate::{
 const LOG_MEMTABLE_BYTES: usize = 64 << 20;
 const META_MEMTABLE_BYTES: usize = 16 << 20;
 const STATE_MEMTABLE_BYTES: usize = 64 << 20;
-/// How much of the state's memtable is a filter that tells which keys it doesn't have.
+/// How much of the state's memtable is a filter that tells which keys it doesn't have: some 17 bits for each. More would only lie in no
+/// cache.
 const MEMTABLE_BLOOM_RATIO: f64 = 0.0125;
-/// Keys that begin alike in so many bytes come in order, so each is put behind the one before, without a search from the top: entries of
-/// one group; and with each flush, keys of one table of a group's state (group, generation, the machine's mark, table).
-const LOG_HINT: &str = "memtable_insert_with_hint_prefix_extractor=rocksdb.FixedPrefix.4";
-const STATE_HINT: &str = "memtable_insert_with_hint_prefix_extractor=rocksdb.FixedPrefix.10";
 /// The write-ahead log is cut when it reaches this size in all.
 const WAL_BYTES_MAX: u64 = 512 << 20;
 /// What RocksDB writes goes to the disk each time there is so much: a whole table at once would hold up the syncs of the log.
@@ -173,12 +171,8 @@ fn family_options(table: Table, cache: &Cache) -> ColumnFamilyDescriptor {
     let mut blocks = BlockBasedOptions::default();
     blocks.set_block_cache(cache);
     blocks.set_bloom_filter(10.0, false);
-    let hint = match table {
-        Table::Log => LOG_HINT,
-        Table::Meta => "",
-        Table::State => STATE_HINT,
-    };
-    let mut options = Options::default().get_options_from_string(hint).expect("RocksDB knows these options");
+    let mut options =
+        Options::default().get_options_from_string(hint(table)).expect("RocksDB knows this option");
     options.set_block_based_table_factory(&blocks);
     options.set_write_buffer_size(match table {
         Table::Log => LOG_MEMTABLE_BYTES,
@@ -199,6 +193,18 @@ fn family_options(table: Table, cache: &Cache) -> ColumnFamilyDescriptor {
         options.set_memtable_whole_key_filtering(true);
     }
     ColumnFamilyDescriptor::new(name(table), options)
+}
+
+/// Keys that begin alike come in order, so each is put into the memtable behind the one before, without a search from the top: entries of
+/// one group; and with each flush, keys of one table of a group's state.
+fn hint(table: Table) -> String {
+    let alike = match table {
+        Table::Log => GROUP_BYTES,
+        Table::Meta => return String::new(),
+        // And the machine's mark, and its table.
+        Table::State => PREFIX_BYTES + 2,
+    };
+    format!("memtable_insert_with_hint_prefix_extractor=rocksdb.FixedPrefix.{alike}")
 }
 
 /// How many tables of the newest level call for a merge.

@@ -38,7 +38,7 @@ use crate::{
 };
 
 /// Group, generation.
-const PREFIX_BYTES: usize = 8;
+pub(crate) const PREFIX_BYTES: usize = 8;
 /// The host's own keys.
 const HOST: u8 = 0;
 /// The machine's keys.

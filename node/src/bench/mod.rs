@@ -308,15 +308,17 @@ async fn bench(args: &BenchArgs, cases: &[Case], folder: &Path, screen: &Screen)
         let mut cluster = ClusterReport { shards: placement.shards, accounts, ..ClusterReport::default() };
         cluster.leaders = target.leaders().await?;
         cluster.funded = fund::fund(target.client(), population).await.context("make the accounts")?;
-        cluster.quiet_after_seconds = target.quiet().await?.as_secs_f64();
         screen.say(&format!(
-            "{} accounts on {} shards in {:.1} s ({:.0}/s), quiet after {:.1} s more",
+            "{} accounts on {} shards in {:.1} s ({:.0}/s); waiting until the nodes are done with them",
             cluster.funded.accounts,
             cluster.shards,
             cluster.funded.seconds,
-            cluster.funded.accounts_per_second,
-            cluster.quiet_after_seconds
+            cluster.funded.accounts_per_second
         ));
+        cluster.quiet_after_seconds = target.quiet().await?.map(|took| took.as_secs_f64());
+        if cluster.quiet_after_seconds.is_none() {
+            screen.say("whether they are done isn't known: what they still merge is measured too");
+        }
         let memory = target.usages()?.into_iter().map(|(node, usage)| (node, usage.resident_bytes));
         cluster.resident_bytes_when_funded = memory.collect();
 

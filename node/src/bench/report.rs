@@ -85,8 +85,8 @@ pub struct ClusterReport {
     pub leaders: BTreeMap<u32, u64>,
     /// How the accounts were made.
     pub funded: Funded,
-    /// How long the nodes went on working after that: the measuring began when they were done.
-    pub quiet_after_seconds: f64,
+    /// How long the nodes went on working after that: the measuring began when they were done. None: it isn't known whether they were.
+    pub quiet_after_seconds: Option<f64>,
     /// The memory of each node after that, in bytes.
     pub resident_bytes_when_funded: BTreeMap<u64, u64>,
     /// Whether its books agreed in the end with what it had answered.

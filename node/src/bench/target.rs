@@ -22,10 +22,10 @@ pub const NODES: u64 = 3;
 const MOVE_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(50);
 /// Nodes that use no more of a processor together than this do nothing but keep in touch.
-const QUIET: f64 = 0.15;
+const QUIET: f64 = 0.2;
 /// How long they are looked at for that, and how long they may take to come to it.
 const LOOK: Duration = Duration::from_secs(1);
-const QUIET_TIMEOUT: Duration = Duration::from_secs(120);
+const QUIET_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The cluster.
 #[derive(Debug)]
@@ -93,8 +93,12 @@ impl Target {
         self.processes.iter().map(|(node, process)| Ok((*node, Usage::of(*process)?))).collect()
     }
 
-    /// Waits until the nodes have done what is left to do after a load: mostly tables that are to be merged. Tells how long that took.
-    pub async fn quiet(&self) -> anyhow::Result<Duration> {
+    /// Waits until the nodes have done what is left to do after a load: mostly tables that are to be merged. Tells how long that took;
+    /// None: they can't be looked at from here, or were not done in time.
+    pub async fn quiet(&self) -> anyhow::Result<Option<Duration>> {
+        if self.processes.is_empty() {
+            return Ok(None);
+        }
         let began = Instant::now();
         let mut before = self.usages()?;
         while began.elapsed() < QUIET_TIMEOUT {
@@ -102,11 +106,11 @@ impl Target {
             let now = self.usages()?;
             let used = now.iter().filter_map(|(node, usage)| Some(usage.since(before.get(node)?).processor));
             if used.sum::<Duration>().as_secs_f64() < QUIET * LOOK.as_secs_f64() {
-                break;
+                return Ok(Some(began.elapsed()));
             }
             before = now;
         }
-        Ok(began.elapsed())
+        Ok(None)
     }
 
     /// Asks this node for nothing, since it won't answer.

@@ -32,8 +32,10 @@ use crate::{
 
 /// What a row takes in memory beside its value, roughly, while nobody uses it: itself, and its place in the index.
 const ROW_BYTES: usize = 160;
-/// How many slots are looked at in one go for rows that may go. A row that was used gets a second chance.
+/// How many slots are looked at in one go for rows that may go, at least, and for each row that has come since the last time: one that was
+/// used gets a second chance.
 const TRIM_STEPS: usize = 8192;
+const TRIM_STEPS_EACH: usize = 4;
 
 /// A version that is not stored yet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -157,7 +159,7 @@ impl Row {
     }
 
     fn bytes(&self) -> usize {
-        ROW_BYTES + self.settled.value.bytes()
+        ROW_BYTES + self.key.heap_bytes() + self.settled.value.bytes()
     }
 }
 
@@ -169,6 +171,8 @@ pub struct Rows {
     changed: Vec<Slot>,
     /// Where looking for rows that may go goes on.
     hand: Slot,
+    /// How many rows have come since it last moved.
+    come: usize,
     bytes: usize,
     held: usize,
     /// Where versions are encoded.
@@ -185,6 +189,7 @@ impl Rows {
         let settled = versions::settled(store, key)?;
         let row = Row::new(key.clone(), settled);
         self.bytes += row.bytes();
+        self.come += 1;
         Ok(self.slots.insert(row))
     }
 
@@ -365,7 +370,8 @@ impl Rows {
 
     /// Lets go of rows that were not used lately, until the rest takes about `keep_bytes`, or many were looked at.
     pub fn trim(&mut self, keep_bytes: usize) {
-        for _ in 0..TRIM_STEPS {
+        let steps = TRIM_STEPS.max(TRIM_STEPS_EACH * std::mem::take(&mut self.come));
+        for _ in 0..steps {
             if self.bytes <= keep_bytes {
                 return;
             }
@@ -644,6 +650,25 @@ mod tests {
         table.flush(0);
         assert_eq!(table.at(&row, 8).value, RowValue::Balance(101));
         assert_eq!(table.at(&row, 11).value, RowValue::Balance(1111));
+    }
+
+    /// However many come at once, as when a replica catches up, and however long their keys are.
+    #[test]
+    fn memory_is_bounded_while_many_rows_come() {
+        let mut table = Table::default();
+        let long = "k".repeat(200);
+        let keep = 1_000 * (ROW_BYTES + 200 + 16);
+        let mut number = 0;
+        for _ in 0..5 {
+            for _ in 0..4 * TRIM_STEPS {
+                number += 1;
+                table.rows.seat(&table.store, &row(&format!("{long}{number}"))).unwrap();
+            }
+            table.rows.trim(keep);
+            assert!(table.rows.bytes <= keep, "{} bytes", table.rows.bytes);
+        }
+        let rows = table.rows.slots.iter().count();
+        assert!((500..=1_000).contains(&rows), "{rows} rows: their keys count");
     }
 
     #[test]

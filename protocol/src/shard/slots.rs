@@ -3,6 +3,7 @@
 //! A shard may keep millions of rows, and each look for one waits for memory that is in no cache: so the index holds no keys, only a
 //! piece of their hashes and the slots, and a row is read only if that piece is equal. Rows stay where they are while more come: they
 //! stand in blocks, and what grows all at once is the index alone.
+#![expect(clippy::disallowed_types, reason = "nobody sees the order of the index")]
 
 use std::hash::BuildHasher as _;
 
@@ -76,6 +77,7 @@ impl Slots {
 
     /// Adds a row that isn't there.
     pub fn insert(&mut self, row: Row) -> Slot {
+        debug_assert!(self.find(row.key()).is_none(), "{:?} stands in a slot already", row.key());
         let piece = self.piece(row.key());
         let slot = self.free.pop().unwrap_or_else(|| self.add_slot());
         let (block, place) = slot.place();
@@ -89,9 +91,8 @@ impl Slots {
         let (block, place) = slot.place();
         let Some(row) = self.blocks[block][place].take() else { return };
         let piece = self.piece(row.key());
-        if let Ok(entry) = self.index.find_entry(spread(piece), |entry| entry.slot == slot) {
-            entry.remove();
-        }
+        let entry = self.index.find_entry(spread(piece), |entry| entry.slot == slot);
+        entry.expect("every row is in the index").remove();
         self.free.push(slot);
     }
 
@@ -102,7 +103,7 @@ impl Slots {
         if self.blocks.get(block).is_some_and(|block| place < block.len()) { next } else { Slot(0) }
     }
 
-    /// All rows.
+    /// All rows, in an order that differs from replica to replica: nothing that is told may follow from it.
     pub fn iter(&self) -> impl Iterator<Item = &Row> {
         self.blocks.iter().flatten().flatten()
     }
