@@ -289,10 +289,11 @@ mod tests {
         let _one = door.enter();
         let intervals = async |waits: bool, settled: usize, count: usize| {
             for _ in 0..count {
-                let mut state = door.lock();
-                state.somebody_waited |= waits;
-                state.samples += settled;
-                drop(state);
+                {
+                    let mut state = door.lock();
+                    state.somebody_waited |= waits;
+                    state.samples += settled;
+                }
                 tokio::time::advance(INTERVAL).await;
                 door.lock().advance(&door, Instant::now());
             }
