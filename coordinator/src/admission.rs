@@ -36,7 +36,7 @@ const STUCK: usize = 10;
 /// How long a batch waits at the door of a node that is busy.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// The same where somebody has waited in each of the last [`CROWDED`] intervals.
-const PATIENCE_IN_CROWD: Duration = Duration::from_millis(50);
+const PATIENCE_IN_CROWD: Duration = Duration::from_millis(100);
 const CROWDED: usize = 5;
 /// The fewest that may be in flight.
 const LEAST: usize = 64;
@@ -45,7 +45,7 @@ const FIRST: usize = 1024;
 /// Fewer say nothing about the node.
 const SAMPLES_MIN: usize = 4;
 /// The quickest of an interval may take this and twice the quickest ever.
-const SLACK: Duration = Duration::from_millis(10);
+const SLACK: Duration = Duration::from_millis(20);
 /// By this part the quickest ever is forgotten with each interval in which no fewer could be let in: then it isn't those that wait who make
 /// the others slow, but, for example, a longer way to a quorum.
 const FORGOTTEN: u32 = 16;
