@@ -1,7 +1,7 @@
 //! A case: a small cluster, what its clients want, and how many faults may happen to it.
 
 use verdict_protocol::{
-    batch::{Batch, BatchLimits, Placement, RowKey},
+    batch::{Batch, BatchLimits, Placement, RowKey, SplitBatch},
     ids::{BatchId, ContentHash, Millis, ShardId},
     leader::LeaderConfig,
     messages::Decision,
@@ -173,8 +173,8 @@ impl Case {
             let place = i64::from(u32::from(*letter)) - i64::from(u32::from('A'));
             self.batch(*letter, text, 1 + place as u64)
         }));
-        let hashes = all.iter().map(Batch::hash).collect();
-        Contents { batches: all, hashes, first }
+        let split = all.iter().map(|batch| batch.split(self.placement())).collect();
+        Contents { batches: all, split, first }
     }
 
     fn batch(&self, letter: char, text: &str, after: u64) -> Batch {
@@ -213,8 +213,8 @@ fn id_of(letter: char, time: Millis) -> BatchId {
 pub struct Contents {
     /// The batches.
     pub batches: Vec<Batch>,
-    /// Their hashes.
-    pub hashes: Vec<ContentHash>,
+    /// The same, as they are settled.
+    pub split: Vec<SplitBatch>,
     /// The first one that clients submit.
     pub first: usize,
 }
@@ -227,8 +227,8 @@ impl Contents {
 
     /// The batch with an id and a hash.
     pub fn held(&self, id: BatchId, hash: ContentHash) -> Option<&Batch> {
-        let mut all = self.batches.iter().zip(&self.hashes);
-        all.find(|(batch, known)| batch.id == id && **known == hash).map(|(batch, _)| batch)
+        let mut all = self.batches.iter().zip(&self.split);
+        all.find(|(_, split)| split.id == id && split.hash == hash).map(|(batch, _)| batch)
     }
 
     /// All ids that clients use, each once.

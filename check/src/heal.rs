@@ -134,8 +134,8 @@ impl<'a> Cluster<'a> {
     }
 
     fn submit(&mut self, batch: &Batch) {
-        let (batch, hash) = (batch.clone(), batch.hash());
-        self.step(Event::Submit { token: HEALING_TOKEN, batch, hash });
+        let batch = batch.split(self.case.placement());
+        self.step(Event::Submit { token: HEALING_TOKEN, batch });
     }
 
     fn tick(&mut self, millis: u64) {

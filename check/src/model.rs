@@ -489,7 +489,7 @@ impl Model {
             Reply::Decided(decision) => {
                 if let Some(place) = of_caller
                     && let Some(hash) = decision.hash
-                    && hash != contents.hashes[place]
+                    && hash != contents.split[place].hash
                 {
                     return Err(format!("a caller is told the end of other contents: {decision:?}"));
                 }

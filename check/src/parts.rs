@@ -235,8 +235,8 @@ impl Parts {
         match input {
             Input::Submit(place) => {
                 let place = usize::from(place);
-                let (batch, hash) = (self.contents.batches[place].clone(), self.contents.hashes[place]);
-                Event::Submit { token: submit_token(place), batch, hash }
+                let batch = self.contents.split[place].clone();
+                Event::Submit { token: submit_token(place), batch }
             }
             Input::Seal(id) => Event::Query { token: SEAL_TOKEN, id, wait: false, abort_if_not_seen: true },
             Input::Read => Event::Read { token: READ_TOKEN, rows: self.case.read_rows() },

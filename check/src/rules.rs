@@ -144,12 +144,12 @@ impl Witness {
     }
 
     fn place(&self, contents: &Contents, decision: &Decision) -> Result<usize, String> {
-        let hashes = contents.hashes.iter().zip(&contents.batches);
-        let mut places = hashes.enumerate();
-        let found =
-            places.find(|(_, (hash, batch))| decision.hash == Some(**hash) && batch.id == decision.id);
+        let found = contents
+            .split
+            .iter()
+            .position(|batch| decision.hash == Some(batch.hash) && batch.id == decision.id);
         match found {
-            Some((place, _)) if self.submitted[place].is_some() => Ok(place),
+            Some(place) if self.submitted[place].is_some() => Ok(place),
             _ => Err(format!("{} is decided with contents that nobody submitted", name_of(decision.id))),
         }
     }

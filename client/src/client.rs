@@ -99,7 +99,7 @@ impl Client {
         let mut address = self.nodes.preferred();
         let mut tries = Tries::default();
         loop {
-            let request = SubmitRequest { batch: Some(batch.clone()) };
+            let request = SubmitRequest::of(batch);
             let limit = self.try_deadline(deadline, Duration::ZERO);
             let end = self.once(&address, limit, request, |channel, request| async move {
                 settlement(channel).submit(request).await

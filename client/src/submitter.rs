@@ -21,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt as _};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
@@ -28,8 +29,12 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
-use verdict_proto::v1::{
-    Batch, SubmitStreamRequest, SubmitStreamResponse, UndecidedState, submit_stream_response::Result as Said,
+use verdict_proto::{
+    convert::encoded,
+    v1::{
+        Batch, SubmitAnswer, SubmitStreamRequest, SubmitStreamResponse, UndecidedState,
+        submit_answer::Result as Said,
+    },
 };
 
 use crate::{
@@ -41,10 +46,13 @@ use crate::{
     tries::{Next, Place, Tries},
 };
 
-/// Requests between the task and the stream. Small: what waits here can't be taken back.
-const STREAM_QUEUE: usize = 64;
-/// Answers that are taken in before anything else gets its turn.
-const ANSWERS_AT_ONCE: usize = 256;
+/// Messages between the task and the stream. Few: what waits here can't be taken back.
+const STREAM_QUEUE: usize = 4;
+/// A message is closed when it has so many batches, or bytes.
+const BATCHES_PER_MESSAGE: usize = 256;
+const BYTES_PER_MESSAGE: usize = 256 << 10;
+/// Messages with answers that are taken in before anything else gets its turn.
+const MESSAGES_AT_ONCE: usize = 16;
 /// A pause so long that it never ends: nothing is due.
 const IDLE: Duration = Duration::from_secs(3600);
 
@@ -222,7 +230,7 @@ enum Answers {
 }
 
 impl Answers {
-    /// The next answer, or how the stream ended. Nothing is lost if the future is dropped.
+    /// The next answers, or how the stream ended. Nothing is lost if the future is dropped.
     async fn next(&mut self) -> Result<SubmitStreamResponse, Failure> {
         if let Answers::Opening(opening) = self {
             let stream = opening.await.map_err(|status| Failure::of_status(&status))?;
@@ -230,7 +238,7 @@ impl Answers {
         }
         let Answers::Open(stream) = self else { unreachable!("it was opened above") };
         match stream.message().await {
-            Ok(Some(answer)) => Ok(answer),
+            Ok(Some(answers)) => Ok(answers),
             Ok(None) => Err(Failure::Lost("the node ended the stream".into())),
             // Whatever the reason: it says nothing about the single batches.
             Err(status) => Err(Failure::Lost(format!("the stream broke: {}", status.message()))),
@@ -310,17 +318,35 @@ impl Driver {
 
     /// Sends what is due, as far as the stream has room.
     fn send_due(&mut self) {
-        let Some(link) = &mut self.link else { return };
+        let Some(requests) = self.link.as_ref().map(|link| link.requests.clone()) else { return };
+        while !self.due.is_empty()
+            && let Ok(room) = requests.try_reserve()
+        {
+            let batches = self.next_message();
+            if !batches.is_empty() {
+                room.send(SubmitStreamRequest { batches });
+            }
+        }
+    }
+
+    /// Takes of what is due as much as fits into one message.
+    fn next_message(&mut self) -> Vec<Bytes> {
+        let (mut batches, mut bytes) = (Vec::new(), 0);
+        let Some(link) = &mut self.link else { return batches };
         let now = Instant::now();
-        while let Some(id) = self.due.front() {
+        while batches.len() < BATCHES_PER_MESSAGE
+            && bytes < BYTES_PER_MESSAGE
+            && let Some(id) = self.due.front()
+        {
             let is_wanted =
                 |entry: &&mut Entry| entry.state == State::Due && entry.deadline > now + retry::TRY_MIN;
             let Some(entry) = self.entries.get_mut(id).filter(is_wanted) else {
                 self.due.pop_front();
                 continue;
             };
-            let Ok(room) = link.requests.try_reserve() else { return };
-            room.send(SubmitStreamRequest { batch: Some(entry.batch.clone()) });
+            let batch = encoded(&entry.batch);
+            bytes += batch.len();
+            batches.push(batch);
             if entry.sent_before {
                 self.counters.resubmitted.fetch_add(1, Ordering::Relaxed);
             }
@@ -333,14 +359,15 @@ impl Driver {
             set_wake(&mut self.wakes, id, entry, silent_at);
             self.due.pop_front();
         }
+        batches
     }
 
-    /// Takes an answer and all others that are there already.
+    /// Takes answers and all others that are there already.
     fn take_answers(&mut self, first: Result<SubmitStreamResponse, Failure>) {
         let mut next = Some(first);
-        for _ in 0..ANSWERS_AT_ONCE {
+        for _ in 0..MESSAGES_AT_ONCE {
             match next {
-                Some(Ok(answer)) => self.take_answer(answer),
+                Some(Ok(message)) => message.answers.into_iter().for_each(|answer| self.take_answer(answer)),
                 Some(Err(failure)) => return self.lose_link(failure),
                 None => return,
             }
@@ -348,13 +375,13 @@ impl Driver {
         }
         if let Some(last) = next {
             match last {
-                Ok(answer) => self.take_answer(answer),
+                Ok(message) => message.answers.into_iter().for_each(|answer| self.take_answer(answer)),
                 Err(failure) => self.lose_link(failure),
             }
         }
     }
 
-    fn take_answer(&mut self, answer: SubmitStreamResponse) {
+    fn take_answer(&mut self, answer: SubmitAnswer) {
         let id: Id = answer.batch_id.as_str().into();
         let Some(link) = &mut self.link else { return };
         if let Some(copies) = link.copies.get_mut(&id) {

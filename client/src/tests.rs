@@ -9,6 +9,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _, future::join_all};
+use prost::Message as _;
 use tokio::{io::AsyncReadExt as _, net::TcpListener};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
@@ -17,10 +18,11 @@ use verdict_proto::{
     connect::InProcess,
     v1::{
         self, Batch, CallError, GetBatchRequest, GetBatchResponse, HistoryRequest, HistoryResponse,
-        ReadRequest, ReadResponse, SubmitRequest, SubmitResponse, SubmitStreamRequest, SubmitStreamResponse,
+        ReadRequest, ReadResponse, SubmitAnswer, SubmitRequest, SubmitResponse, SubmitStreamRequest,
+        SubmitStreamResponse,
         outcome::Result as Said,
         settlement_server::{Settlement, SettlementServer},
-        submit_stream_response::Result as Answered,
+        submit_answer::Result as Answered,
     },
 };
 
@@ -53,7 +55,7 @@ enum Act {
     Babble,
 }
 
-type Answers = tokio::sync::mpsc::UnboundedSender<Result<SubmitStreamResponse, Status>>;
+type Answers = tokio::sync::mpsc::UnboundedSender<Result<SubmitAnswer, Status>>;
 
 #[derive(Debug, Default)]
 struct World {
@@ -66,7 +68,7 @@ struct World {
     /// The outcome of batches whose first partition is this.
     aborts: Option<&'static str>,
     /// Answers that are held back, and their streams.
-    held: Vec<(Answers, SubmitStreamResponse)>,
+    held: Vec<(Answers, SubmitAnswer)>,
 }
 
 impl World {
@@ -159,7 +161,7 @@ fn outcome(batch: &Batch, said: Said) -> v1::Outcome {
 #[tonic::async_trait]
 impl Settlement for Node {
     async fn submit(&self, request: Request<SubmitRequest>) -> Result<Response<SubmitResponse>, Status> {
-        let batch = request.into_inner().batch.unwrap();
+        let batch = Batch::decode(request.into_inner().batch).unwrap();
         match self.take(&batch) {
             Reply::Say(said) | Reply::Hold(said) | Reply::Babble(said) => {
                 Ok(Response::new(SubmitResponse { outcome: Some(outcome(&batch, said)) }))
@@ -180,10 +182,15 @@ impl Settlement for Node {
         let mut requests = request.into_inner();
         let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
         tokio::spawn(async move {
-            while let Some(Ok(request)) = requests.next().await {
-                let batch = request.batch.unwrap();
-                let answer =
-                    |result| SubmitStreamResponse { batch_id: batch.id.clone(), result: Some(result) };
+            let mut batches = VecDeque::new();
+            loop {
+                let Some(batch) = batches.pop_front() else {
+                    let Some(Ok(request)) = requests.next().await else { return };
+                    batches.extend(request.batches);
+                    continue;
+                };
+                let batch = Batch::decode(batch).unwrap();
+                let answer = |result| SubmitAnswer { batch_id: batch.id.clone(), result: Some(result) };
                 let answer = match node.take(&batch) {
                     Reply::Say(said) => Ok(answer(Answered::Outcome(outcome(&batch, said)))),
                     Reply::Refuse(status) => Ok(answer(Answered::Error(CallError {
@@ -205,7 +212,7 @@ impl Settlement for Node {
                             let committed = Said::Committed(v1::Committed { stamp: 77 });
                             let stray = v1::Outcome { batch_id: batch_id.clone(), result: Some(committed) };
                             let result = Some(Answered::Outcome(stray));
-                            let _ = sender.send(Ok(SubmitStreamResponse { batch_id, result }));
+                            let _ = sender.send(Ok(SubmitAnswer { batch_id, result }));
                         }
                         Ok(answer(Answered::Outcome(outcome(&batch, said))))
                     }
@@ -216,8 +223,19 @@ impl Settlement for Node {
                 }
             }
         });
-        let answers = futures::stream::poll_fn(move |context| receiver.poll_recv(context));
-        Ok(Response::new(answers.boxed()))
+        // All that are there share a message.
+        let answers = futures::stream::poll_fn(move |context| receiver.poll_recv(context)).ready_chunks(8);
+        let messages = answers.flat_map(|answers| {
+            let ends = answers.iter().position(Result::is_err);
+            let mut answers = answers;
+            let rest = answers.split_off(ends.unwrap_or(answers.len()));
+            let answers = answers.into_iter().flatten().collect();
+            let message = Ok(SubmitStreamResponse { answers });
+            futures::stream::iter(
+                [message].into_iter().chain(rest.into_iter().take(1).filter_map(Result::err).map(Err)),
+            )
+        });
+        Ok(Response::new(messages.boxed()))
     }
 
     async fn get_batch(

@@ -30,9 +30,9 @@ use tokio::{
 };
 use verdict_failpoints::failpoint;
 use verdict_protocol::{
-    batch::{Batch, Placement, RowKey},
+    batch::{Placement, RowKey, SplitBatch},
     coordinator::{Act, Coordinator, CoordinatorEntry, CoordinatorReply, Opened},
-    ids::{BatchId, ContentHash, GroupId, NodeId, Stamp},
+    ids::{BatchId, GroupId, NodeId, Stamp},
     leader::{Decisions, Effects, Event, Leader, LeaderConfig, Remembered, Reply, Token},
     machine::encode,
     messages::FromShard,
@@ -72,7 +72,7 @@ pub(crate) struct DriverConfig {
 #[derive(Debug)]
 pub(crate) enum Question {
     /// Settle a batch that has passed its checks.
-    Submit { batch: Batch, hash: ContentHash },
+    Submit { batch: SplitBatch },
     /// Tell an outcome.
     Query { id: BatchId, wait: bool, abort_if_not_seen: bool },
     /// Read rows.
@@ -472,9 +472,9 @@ impl Reign<'_> {
         let token = Token(self.last_token);
         self.callers.insert(token.0, caller);
         match question {
-            Question::Submit { batch, hash } => {
+            Question::Submit { batch } => {
                 failpoint!(BATCH_RECEIVED, GroupId::COORDINATOR.0);
-                self.step(Event::Submit { token, batch, hash })
+                self.step(Event::Submit { token, batch })
             }
             Question::Query { id, wait, abort_if_not_seen } => {
                 self.to_query.push(Event::Query { token, id, wait, abort_if_not_seen });

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use prost::Message as _;
+use bytes::Bytes;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::Instant,
@@ -21,16 +21,15 @@ use tonic::{
     metadata::{MetadataMap, MetadataValue},
 };
 use verdict_proto::{
-    convert::{
-        batch_from_wire, batch_id, history_to_wire, outcome_to_wire, row_from_wire, row_value_to_wire,
-    },
+    convert::{batch_id, history_to_wire, outcome_to_wire, row_from_wire, row_value_to_wire},
     v1::{self, settlement_client::SettlementClient},
 };
 use verdict_protocol::{
-    batch::{Batch, BatchError, BatchLimits, Placement, RowKey},
+    batch::{Batch, BatchError, BatchLimits, Placement, RowKey, SplitBatch},
     coordinator::Coordinator,
-    ids::{BatchId, ContentHash, NodeId, Stamp},
+    ids::{BatchId, NodeId, Stamp},
     leader::Reply,
+    wire::Head,
 };
 use verdict_raft::{Group, ReadError};
 
@@ -40,9 +39,11 @@ use crate::{
     driver::{Answer, NotServed, Question, Request},
     failure::{CallFailure, is_answer, says_not_leader},
     leaders::Leaders,
-    submitter::{FORWARDED, Submission, refusal_of, undecided, unknown},
+    submitter::{Submission, refusal_of, undecided, unknown},
 };
 
+/// Marks calls that must not be forwarded again.
+const FORWARDED: &str = "verdict-forwarded";
 /// Rows of one read.
 const ROWS_MAX: usize = 1000;
 /// Entries of one list, at most and by default.
@@ -139,8 +140,7 @@ fn grpc_timeout(text: &str) -> Option<Duration> {
 /// A batch that has passed all checks.
 #[derive(Debug)]
 pub(crate) struct Checked {
-    pub(crate) batch: Batch,
-    pub(crate) hash: ContentHash,
+    pub(crate) batch: SplitBatch,
     /// Of the message that brought it.
     pub(crate) bytes: usize,
 }
@@ -160,24 +160,18 @@ impl From<CallFailure> for Tried {
 }
 
 impl Gateway {
-    /// Checks a batch as it was sent.
-    pub(crate) fn check(&self, batch: Option<v1::Batch>) -> Result<Checked, CallFailure> {
-        let batch = batch.ok_or_else(|| CallFailure::invalid("batch", "is missing"))?;
-        let bytes = batch.encoded_len();
-        let count = batch.operations.len();
-        if count > self.config.limits.operations_max {
-            // Before anything is made of them.
-            let most = self.config.limits.operations_max;
-            let problem = format!("has {count} operations, at most {most} are allowed");
-            return Err(CallFailure::invalid("batch.operations", problem));
+    /// Checks a batch as it was sent, and makes it ready for its shards.
+    pub(crate) fn check(&self, sent: &Bytes) -> Result<Checked, CallFailure> {
+        if sent.is_empty() {
+            return Err(CallFailure::invalid("batch", "is missing"));
         }
-        let batch = batch_from_wire(batch)?;
-        batch.check(&self.config.limits, self.config.placement)?;
-        if 2 * count > self.config.limits.operations_max || 2 * bytes > self.config.limits.bytes_max {
+        let (limits, placement, bytes) = (&self.config.limits, self.config.placement, sent.len());
+        let batch = Batch::from_wire(sent, limits.operations_max)?;
+        batch.check(limits, placement)?;
+        if 2 * batch.operations.len() > limits.operations_max || 2 * bytes > limits.bytes_max {
             self.warn_of_size(&batch, bytes);
         }
-        let hash = batch.hash();
-        Ok(Checked { batch, hash, bytes })
+        Ok(Checked { batch: batch.split(placement), bytes })
     }
 
     /// Says that batches come near a limit, before one is refused.
@@ -205,24 +199,16 @@ impl Gateway {
         deadline: Instant,
         caller: Caller<Result<v1::Outcome, CallFailure>>,
     ) -> Submission {
-        let Checked { batch, hash, bytes } = checked;
-        Submission { batch, hash, bytes, deadline, caller, entrance: self.admission.enter() }
+        let Checked { batch, bytes } = checked;
+        Submission { batch, bytes, deadline, caller, entrance: self.admission.enter() }
     }
 
     /// Settles one batch.
-    pub(crate) async fn submit(
-        &self,
-        batch: Option<v1::Batch>,
-        origin: Origin,
-    ) -> Result<v1::Outcome, Status> {
-        if origin.forwarded {
-            let checked = self.check(batch).map_err(CallFailure::status)?;
-            return self.submit_here(checked).await;
-        }
-        let timeout_ms = batch.as_ref().map_or(0, |batch| batch.timeout_ms);
+    pub(crate) async fn submit(&self, sent: Bytes, origin: Origin) -> Result<v1::Outcome, Status> {
+        let timeout_ms = Head::of_wire(&sent).timeout_ms;
         let deadline = self.deadline(timeout_ms, origin, Instant::now());
-        self.wait_for_room(batch.as_ref(), deadline).await.map_err(CallFailure::status)?;
-        let checked = self.check(batch).map_err(CallFailure::status)?;
+        self.wait_for_room(sent.len(), deadline).await.map_err(CallFailure::status)?;
+        let checked = self.check(&sent).map_err(CallFailure::status)?;
         let (caller, answer) = Caller::once();
         let submission = self.submission(checked, deadline, caller);
         self.submissions.send(submission).await.map_err(|_| self.stopping().status())?;
@@ -231,11 +217,11 @@ impl Gateway {
     }
 
     /// Waits at the door: for a while if others are settled meanwhile, else until the deadline.
-    async fn wait_for_room(&self, batch: Option<&v1::Batch>, deadline: Instant) -> Result<(), CallFailure> {
+    async fn wait_for_room(&self, bytes: usize, deadline: Instant) -> Result<(), CallFailure> {
         if self.admission.has_room_for_call() {
             return Ok(());
         }
-        let _place = self.place_at_door(batch).ok_or_else(busy)?;
+        let _place = self.place_at_door(bytes).ok_or_else(busy)?;
         while tokio::time::timeout(self.admission.patience(), self.admission.room_for_call()).await.is_err() {
             if self.admission.settles() {
                 return Err(busy());
@@ -247,9 +233,9 @@ impl Gateway {
         Ok(())
     }
 
-    /// A place to wait at the door, as large as the batch; none if too much waits already.
-    pub(crate) fn place_at_door(&self, batch: Option<&v1::Batch>) -> Option<OwnedSemaphorePermit> {
-        let kib = 1 + batch.map_or(0, |batch| batch.encoded_len()) / 1024;
+    /// A place to wait at the door, for a batch of so many bytes; none if too much waits already.
+    pub(crate) fn place_at_door(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let kib = 1 + bytes / 1024;
         self.at_door.clone().try_acquire_many_owned(u32::try_from(kib).ok()?).ok()
     }
 
@@ -266,20 +252,6 @@ impl Gateway {
             wanted => Duration::from_millis(u64::from(wanted)).min(self.config.timeout_max),
         };
         origin.deadline(came, own + self.config.grace)
-    }
-
-    /// Settles one batch that another node forwarded.
-    async fn submit_here(&self, checked: Checked) -> Result<v1::Outcome, Status> {
-        let Checked { batch, hash, .. } = checked;
-        let id = batch.id;
-        match self.ask(Question::Submit { batch, hash }).await {
-            Ok(Reply::Decided(decision)) => Ok(outcome_to_wire(&decision)),
-            Ok(Reply::Refused(refusal)) => Err(refusal_of(&refusal, "batch.id", id).status()),
-            Ok(_) => Err(unexpected()),
-            Err(NotServed::NotLeader) => Err(self.not_leader()),
-            Err(NotServed::Overloaded) => Err(CallFailure::overloaded("too many callers wait").status()),
-            Err(NotServed::Lost) => Ok(unknown(id, "the leadership ended while the batch was under way")),
-        }
     }
 
     /// Tells an outcome.

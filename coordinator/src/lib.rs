@@ -23,6 +23,7 @@ mod clock;
 mod directory;
 mod driver;
 mod failure;
+mod forward;
 mod gateway;
 mod leaders;
 mod membership;
@@ -35,5 +36,6 @@ mod submitter;
 
 pub use admin::{AdminService, LocalStatus, NoShards, group_status_to_wire};
 pub use failure::message_too_large;
+pub use forward::ForwardService;
 pub use node::{CoordinatorConfig, CoordinatorError, CoordinatorNode};
 pub use settlement::SettlementService;

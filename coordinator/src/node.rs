@@ -13,7 +13,10 @@ use tokio::{
 use tonic::Status;
 use verdict_proto::{
     connect::Connect,
-    v1::{self, admin_server::AdminServer, settlement_server::SettlementServer},
+    convert::encoded,
+    v1::{
+        self, admin_server::AdminServer, forward_server::ForwardServer, settlement_server::SettlementServer,
+    },
 };
 use verdict_protocol::{
     batch::{BatchLimits, Placement},
@@ -28,12 +31,13 @@ use crate::{
     admission::Admission,
     directory::{Directory, Replicas, View},
     driver::{Driver, DriverConfig},
+    forward::ForwardService,
     gateway::{Gateway, GatewayConfig, Local, Origin},
     leaders::Leaders,
     router::Router,
     settlement::SettlementService,
     spread::Spread,
-    submitter::{Submitter, SubmitterLimits},
+    submitter::{Submitter, SubmitterConfig},
 };
 
 /// What is added to twice the limit on a batch's bytes to get the limit on messages: names, ids, a list of decisions or of rows.
@@ -189,13 +193,15 @@ impl CoordinatorNode {
             running.push(tokio::spawn(watch_over("the driver", task, fatal.clone())));
             Local { group, driver }
         });
-        let limits = SubmitterLimits {
+        let submitting = SubmitterConfig {
+            node: config.node,
+            placement: config.placement,
             submissions_max: config.submissions_max,
             bytes_max: config.submission_bytes_max,
             message_bytes_max: config.message_bytes_max(),
         };
         let driver = local_group.as_ref().map(|local| local.driver.clone());
-        let (submitter, submissions) = Submitter::new(config.node, limits, leaders.clone(), driver);
+        let (submitter, submissions) = Submitter::new(submitting, leaders.clone(), driver);
         let task = tokio::spawn(submitter.run(stop));
         running.push(tokio::spawn(watch_over("the submitter", task, fatal)));
         let gateway = Gateway {
@@ -232,6 +238,13 @@ impl CoordinatorNode {
             .max_encoding_message_size(most)
     }
 
+    /// The service for other nodes, to be added to the node's server.
+    pub fn forward_service(&self) -> ForwardServer<ForwardService> {
+        let most = self.gateway.config.message_bytes_max;
+        let service = ForwardService { gateway: self.gateway.clone(), window: self.settlement.window };
+        ForwardServer::new(service).max_decoding_message_size(most).max_encoding_message_size(most)
+    }
+
     /// The service for operators, to be added to the node's server.
     pub fn admin_service(&self) -> AdminServer<AdminService> {
         self.admin.clone().server()
@@ -239,7 +252,7 @@ impl CoordinatorNode {
 
     /// As `Settlement.Submit`. Dropping the future changes nothing about the batch.
     pub async fn submit(&self, batch: v1::Batch) -> Result<v1::Outcome, Status> {
-        self.gateway.submit(Some(batch), Origin::EMBEDDED).await
+        self.gateway.submit(encoded(&batch), Origin::EMBEDDED).await
     }
 
     /// As `Settlement.GetBatch`.

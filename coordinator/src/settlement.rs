@@ -7,41 +7,42 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures::{FutureExt, Stream};
+use prost::Message as _;
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc},
     time::{Instant, sleep},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
-use verdict_proto::{
-    convert::outcome_to_wire,
-    v1::{self, settlement_server::Settlement, submit_stream_response},
-};
-use verdict_protocol::{ids::BatchId, leader::Reply};
+use verdict_proto::v1::{self, SubmitAnswer, settlement_server::Settlement, submit_answer};
+use verdict_protocol::{ids::BatchId, wire::Head};
 
 use crate::{
     caller::Caller,
-    driver::{Answer, NotServed, Question, Request as DriverRequest},
     failure::CallFailure,
-    gateway::{Gateway, Local, Origin, busy},
-    submitter::{NOT_LEADER_CODE, SHARD_SILENT, Submitted, refusal_of, unknown},
+    gateway::{Checked, Gateway, Origin, busy},
+    submitter::Submitted,
 };
 
-/// Answers of one stream that wait for the transport.
-const OUTGOING: usize = 256;
+/// Messages with answers of one stream that wait for the transport.
+pub(crate) const OUTGOING: usize = 64;
 /// Answers taken at once.
-const ANSWERS_PER_ROUND: usize = 1024;
+pub(crate) const ANSWERS_PER_ROUND: usize = 1024;
+/// A message is closed when its answers take so many bytes: clients refuse messages of some MiB.
+const ANSWER_BYTES: usize = 256 << 10;
 /// So often it is looked who has waited at the door for too long.
 const LOOK_AT_DOOR: Duration = Duration::from_millis(25);
-/// Messages read at once.
+/// Messages and batches read at once.
 const MESSAGES_PER_ROUND: usize = 64;
+const BATCHES_PER_ROUND: usize = 1024;
 
 /// Serves `Settlement` on one node.
 #[derive(Clone)]
 pub struct SettlementService {
     pub(crate) gateway: Arc<Gateway>,
-    /// Batches in flight on one stream; while there are so many, the stream is read no further.
+    /// Batches in flight on one stream; while there are so many, no more are taken from it.
     pub(crate) window: usize,
 }
 
@@ -66,14 +67,23 @@ impl Settlement for SettlementService {
     ) -> Result<Response<Self::SubmitStreamStream>, Status> {
         let origin = Origin::of(request.metadata());
         let (responses, outgoing) = mpsc::channel(OUTGOING);
-        let stream = SubmitStream::new(self.gateway.clone(), self.window, request.into_inner(), responses);
-        if origin.forwarded {
-            let local = self.gateway.leading().cloned();
-            let local = local.ok_or_else(|| self.gateway.not_leader())?;
-            tokio::spawn(stream.run(Forwarded { local }));
-        } else {
-            tokio::spawn(stream.run(Direct { origin }));
-        }
+        let (sender, answers) = mpsc::channel(self.window);
+        let stream = SubmitStream {
+            gateway: self.gateway.clone(),
+            window: self.window,
+            // The time limit of the whole stream is none of a single batch.
+            origin: Origin { timeout: None, ..origin },
+            incoming: request.into_inner(),
+            sender,
+            unread: VecDeque::new(),
+            came: Instant::now(),
+            at_door: VecDeque::new(),
+            in_flight: HashMap::new(),
+            last_tag: 0,
+            said: Vec::new(),
+            responses,
+        };
+        tokio::spawn(stream.run(answers));
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
     }
 
@@ -100,194 +110,70 @@ impl Settlement for SettlementService {
     }
 }
 
-/// Where the batches of a stream go.
-trait Target: Send + 'static {
-    /// How they are answered there.
-    type Answer: Send + 'static;
-
-    /// Whether they have to be let in here: where they come from another node, they were let in there.
-    const AT_DOOR: bool;
-
-    /// Hands one over. Where nobody takes it any more, it is answered at once.
-    fn submit(
-        &self,
-        gateway: &Gateway,
-        checked: crate::gateway::Checked,
-        came: Instant,
-        caller: Caller<Self::Answer>,
-    ) -> impl Future<Output = ()> + Send;
-
-    /// The answer as it is sent. The second value is true if the stream should end.
-    fn result(&self, id: BatchId, answer: Self::Answer) -> (submit_stream_response::Result, bool);
-}
-
-/// A client's stream: through the submitter, which finds the leader.
-struct Direct {
-    origin: Origin,
-}
-
-impl Target for Direct {
-    type Answer = Submitted;
-
-    const AT_DOOR: bool = true;
-
-    async fn submit(
-        &self,
-        gateway: &Gateway,
-        checked: crate::gateway::Checked,
-        came: Instant,
-        caller: Caller<Submitted>,
-    ) {
-        // The time limit of the whole stream is none of a single batch.
-        let origin = Origin { timeout: None, ..self.origin };
-        let deadline = gateway.deadline(checked.batch.timeout_ms, origin, came);
-        let submission = gateway.submission(checked, deadline, caller);
-        if let Err(mpsc::error::SendError(submission)) = gateway.submissions.send(submission).await {
-            submission.caller.answer(Err(gateway.stopping()));
-        }
-    }
-
-    fn result(&self, _: BatchId, answer: Submitted) -> (submit_stream_response::Result, bool) {
-        let result = match answer {
-            Ok(outcome) => submit_stream_response::Result::Outcome(outcome),
-            Err(failure) => submit_stream_response::Result::Error(failure.call_error()),
-        };
-        (result, false)
-    }
-}
-
-/// Another node's stream: straight to the local driver, or back.
-struct Forwarded {
-    local: Local,
-}
-
-impl Target for Forwarded {
-    type Answer = Answer;
-
-    const AT_DOOR: bool = false;
-
-    async fn submit(
-        &self,
-        _: &Gateway,
-        checked: crate::gateway::Checked,
-        _: Instant,
-        caller: Caller<Answer>,
-    ) {
-        let question = Question::Submit { batch: checked.batch, hash: checked.hash };
-        let request = DriverRequest { question, caller };
-        if let Err(mpsc::error::SendError(request)) = self.local.driver.send(request).await {
-            request.caller.answer(Err(NotServed::NotLeader));
-        }
-    }
-
-    fn result(&self, id: BatchId, answer: Answer) -> (submit_stream_response::Result, bool) {
-        forwarded_result(id, answer)
-    }
-}
-
-/// The answer of the local driver, as it is sent to another node.
-fn forwarded_result(id: BatchId, answer: Answer) -> (submit_stream_response::Result, bool) {
-    let error = |failure: CallFailure| submit_stream_response::Result::Error(failure.call_error());
-    match answer {
-        Ok(Reply::Decided(decision)) => {
-            (submit_stream_response::Result::Outcome(outcome_to_wire(&decision)), false)
-        }
-        Ok(Reply::Refused(refusal)) => (error(refusal_of(&refusal, "batch.id", id)), false),
-        Ok(Reply::InProgress) => (submit_stream_response::Result::Outcome(unknown(id, SHARD_SILENT)), false),
-        Ok(Reply::NotSeen | Reply::Rows { .. } | Reply::History { .. }) => {
-            unreachable!("a submission is answered by what became of it")
-        }
-        Err(NotServed::Overloaded) => (error(CallFailure::overloaded("too many callers wait")), false),
-        Err(NotServed::NotLeader) => {
-            let failure = CallFailure::other(NOT_LEADER_CODE, "NOT_LEADER", "this node doesn't lead");
-            (error(failure), true)
-        }
-        Err(NotServed::Lost) => {
-            let message = "the leadership ended while the batch was under way";
-            (submit_stream_response::Result::Outcome(unknown(id, message)), true)
-        }
-    }
-}
-
 /// One stream of batches. Each is answered on its own, as soon as it is decided; what is in flight is bounded by reading no more.
 struct SubmitStream {
     gateway: Arc<Gateway>,
     window: usize,
+    origin: Origin,
     incoming: Streaming<v1::SubmitStreamRequest>,
-    responses: Responses,
-    /// Ids in flight, as they were sent.
-    in_flight: HashMap<u64, BatchId>,
+    /// Where answers come from.
+    sender: mpsc::Sender<(u64, Submitted)>,
+    /// Batches that have come and were not looked at yet.
+    unread: VecDeque<Bytes>,
+    /// When the last of them came.
+    came: Instant,
     /// Not let in yet, in order.
     at_door: VecDeque<Waiting>,
+    /// Ids in flight, as they were sent.
+    in_flight: HashMap<u64, BatchId>,
     last_tag: u64,
-}
-
-impl Waiting {
-    fn deadline(&self, gateway: &Gateway) -> Instant {
-        let timeout_ms = self.message.batch.as_ref().map_or(0, |batch| batch.timeout_ms);
-        gateway.deadline(timeout_ms, Origin::EMBEDDED, self.came)
-    }
+    /// Answers that are to be sent.
+    said: Vec<SubmitAnswer>,
+    responses: Responses,
 }
 
 /// A batch that waits at the door.
 struct Waiting {
     came: Instant,
-    message: v1::SubmitStreamRequest,
+    batch: Bytes,
     /// None: too many wait already.
     place: Option<OwnedSemaphorePermit>,
 }
 
 impl SubmitStream {
-    fn new(
-        gateway: Arc<Gateway>,
-        window: usize,
-        incoming: Streaming<v1::SubmitStreamRequest>,
-        responses: Responses,
-    ) -> SubmitStream {
-        let (in_flight, at_door) = (HashMap::new(), VecDeque::new());
-        SubmitStream { gateway, window, incoming, responses, in_flight, at_door, last_tag: 0 }
-    }
-
     /// Until the client has sent all and has all answers, or is gone. What was handed over goes on without it.
-    async fn run<T: Target>(mut self, target: T) {
-        let (sender, mut answers) = mpsc::channel::<(u64, T::Answer)>(self.window);
+    async fn run(mut self, mut answers: mpsc::Receiver<(u64, Submitted)>) {
         let mut round = Vec::new();
         let mut reading = true;
-        let mut ending = false;
         let mut broken = None;
         loop {
-            if !self.let_in(&target, &sender).await {
+            self.let_in().await;
+            self.look_at_unread().await;
+            if !tell(&mut self.said, &self.responses, |answers| v1::SubmitStreamResponse { answers }).await {
                 return;
             }
-            if self.in_flight.is_empty() && self.at_door.is_empty() && (!reading || ending) {
+            let is_done = self.in_flight.is_empty() && self.at_door.is_empty() && self.unread.is_empty();
+            if is_done && !reading {
                 break;
             }
-            let wants_more = reading && !ending && self.has_room();
+            let wants_more = reading && self.unread.is_empty() && self.has_room();
             tokio::select! {
                 () = self.responses.closed() => return,
                 _ = answers.recv_many(&mut round, ANSWERS_PER_ROUND), if !self.in_flight.is_empty() => {
-                    for (tag, answer) in round.drain(..) {
-                        let Some(id) = self.in_flight.remove(&tag) else { continue };
-                        let (result, end) = target.result(id, answer);
-                        ending |= end;
-                        if !self.respond(id.to_string(), result).await {
-                            return;
-                        }
-                    }
+                    round.drain(..).for_each(|(tag, answer)| self.answered(tag, answer));
                 }
                 () = self.gateway.admission.room(), if !self.at_door.is_empty() => {}
                 () = sleep(LOOK_AT_DOOR), if !self.at_door.is_empty() => {}
                 message = self.incoming.message(), if wants_more => {
+                    self.came = Instant::now();
                     // And what else is there already, without looking at all the rest for each of them.
-                    let (came, mut next, mut taken) = (Instant::now(), Some(message), 0);
+                    let (mut next, mut taken) = (Some(message), 0);
                     while let Some(message) = next.take() {
                         match message {
                             Ok(Some(message)) => {
-                                if !self.came_in(message, came, &target, &sender).await {
-                                    return;
-                                }
+                                self.unread.extend(message.batches);
                                 taken += 1;
-                                if taken < MESSAGES_PER_ROUND && self.has_room() {
+                                if taken < MESSAGES_PER_ROUND && self.unread.len() < BATCHES_PER_ROUND {
                                     next = self.incoming.message().now_or_never();
                                 }
                             }
@@ -306,94 +192,111 @@ impl SubmitStream {
         }
         if let Some(status) = broken {
             let _ = self.responses.send(Err(unreadable(&status))).await;
-        } else if ending {
-            let _ = self.responses.send(Err(self.gateway.not_leader())).await;
         }
     }
 
-    /// Whether one more may be read.
+    /// Whether one more may be taken.
     fn has_room(&self) -> bool {
         self.in_flight.len() + self.at_door.len() < self.window
             && self.at_door.back().is_none_or(|last| last.place.is_some())
     }
 
-    /// A batch was read: it is taken, or waits at the door. False: the stream is over.
-    async fn came_in<T: Target>(
-        &mut self,
-        message: v1::SubmitStreamRequest,
-        came: Instant,
-        target: &T,
-        sender: &mpsc::Sender<(u64, T::Answer)>,
-    ) -> bool {
-        if T::AT_DOOR && !(self.at_door.is_empty() && self.gateway.admission.has_room()) {
-            let place = self.gateway.place_at_door(message.batch.as_ref());
-            self.at_door.push_back(Waiting { came, message, place });
-            return true;
+    /// Takes what has come, as far as there is room, or lets it wait at the door.
+    async fn look_at_unread(&mut self) {
+        while self.has_room()
+            && let Some(batch) = self.unread.pop_front()
+        {
+            if self.at_door.is_empty() && self.gateway.admission.has_room() {
+                self.take(&batch, self.came).await;
+                continue;
+            }
+            let place = self.gateway.place_at_door(batch.len());
+            // Without the rest of the message that it came with.
+            let batch = Bytes::copy_from_slice(&batch);
+            self.at_door.push_back(Waiting { came: self.came, batch, place });
         }
-        self.take(message, came, target, sender).await
     }
 
-    /// Lets in those that wait at the door, as far as there is room, and refuses those that have waited for long. False: the stream
-    /// is over.
-    async fn let_in<T: Target>(&mut self, target: &T, sender: &mpsc::Sender<(u64, T::Answer)>) -> bool {
+    /// Lets in those that wait at the door, as far as there is room, and refuses those that have waited for long.
+    async fn let_in(&mut self) {
         while let Some(first) = self.at_door.front() {
             let admission = &self.gateway.admission;
             let refused = match &first.place {
-                None => Some(busy().call_error()),
+                None => Some(busy()),
                 Some(_) if admission.has_room() => None,
-                Some(_) if first.came.elapsed() > admission.patience() && admission.settles() => {
-                    Some(busy().call_error())
-                }
-                Some(_) if first.deadline(&self.gateway) <= Instant::now() => {
-                    Some(self.gateway.nobody_settles().call_error())
-                }
+                Some(_) if first.came.elapsed() > admission.patience() && admission.settles() => Some(busy()),
+                Some(_) if self.deadline(first) <= Instant::now() => Some(self.gateway.nobody_settles()),
                 Some(_) => break,
             };
-            let Some(Waiting { message, came, .. }) = self.at_door.pop_front() else { break };
-            let goes_on = match refused {
-                None => self.take(message, came, target, sender).await,
-                Some(error) => {
-                    let id = message.batch.map(|batch| batch.id).unwrap_or_default();
-                    self.respond(id, submit_stream_response::Result::Error(error)).await
-                }
-            };
-            if !goes_on {
-                return false;
-            }
-        }
-        true
-    }
-
-    /// Takes one batch. False: the stream is over.
-    async fn take<T: Target>(
-        &mut self,
-        message: v1::SubmitStreamRequest,
-        came: Instant,
-        target: &T,
-        sender: &mpsc::Sender<(u64, T::Answer)>,
-    ) -> bool {
-        let sent_id = message.batch.as_ref().map(|batch| batch.id.clone()).unwrap_or_default();
-        match self.gateway.check(message.batch) {
-            Err(failure) => {
-                let error = submit_stream_response::Result::Error(failure.call_error());
-                self.respond(sent_id, error).await
-            }
-            Ok(checked) => {
-                self.last_tag += 1;
-                let tag = self.last_tag;
-                self.in_flight.insert(tag, checked.batch.id);
-                let caller = Caller::Many { tag, sender: sender.clone() };
-                target.submit(&self.gateway, checked, came, caller).await;
-                true
+            let Some(Waiting { batch, came, .. }) = self.at_door.pop_front() else { break };
+            match refused {
+                None => self.take(&batch, came).await,
+                Some(failure) => self.refuse(&batch, failure),
             }
         }
     }
 
-    async fn respond(&self, batch_id: String, result: submit_stream_response::Result) -> bool {
-        let response = v1::SubmitStreamResponse { batch_id, result: Some(result) };
-        self.responses.send(Ok(response)).await.is_ok()
+    fn deadline(&self, waiting: &Waiting) -> Instant {
+        self.gateway.deadline(Head::of_wire(&waiting.batch).timeout_ms, self.origin, waiting.came)
+    }
+
+    /// Takes one batch, and hands it to the submitter.
+    async fn take(&mut self, batch: &Bytes, came: Instant) {
+        let checked = match self.gateway.check(batch) {
+            Ok(checked) => checked,
+            Err(failure) => return self.refuse(batch, failure),
+        };
+        let Checked { batch, .. } = &checked;
+        self.last_tag += 1;
+        self.in_flight.insert(self.last_tag, batch.id);
+        let deadline = self.gateway.deadline(batch.timeout_ms, self.origin, came);
+        let caller = Caller::Many { tag: self.last_tag, sender: self.sender.clone() };
+        let submission = self.gateway.submission(checked, deadline, caller);
+        if let Err(mpsc::error::SendError(submission)) = self.gateway.submissions.send(submission).await {
+            submission.caller.answer(Err(self.gateway.stopping()));
+        }
+    }
+
+    fn answered(&mut self, tag: u64, answer: Submitted) {
+        let Some(id) = self.in_flight.remove(&tag) else { return };
+        self.said.push(submit_answer(id.to_string(), answer));
+    }
+
+    fn refuse(&mut self, batch: &Bytes, failure: CallFailure) {
+        self.said.push(submit_answer(Head::of_wire(batch).id.to_owned(), Err(failure)));
     }
 }
+
+/// An answer to one batch of a stream.
+fn submit_answer(batch_id: String, answer: Submitted) -> SubmitAnswer {
+    let result = match answer {
+        Ok(outcome) => submit_answer::Result::Outcome(outcome),
+        Err(failure) => submit_answer::Result::Error(failure.call_error()),
+    };
+    SubmitAnswer { batch_id, result: Some(result) }
+}
+
+/// Sends answers, in as few messages as they fit into. False: the stream is over.
+pub(crate) async fn tell<M>(
+    said: &mut Vec<SubmitAnswer>,
+    responses: &mpsc::Sender<Result<M, Status>>,
+    message: impl Fn(Vec<SubmitAnswer>) -> M,
+) -> bool {
+    while !said.is_empty() {
+        let (mut count, mut bytes) = (0, 0);
+        while count < said.len() && bytes < ANSWER_BYTES {
+            bytes += said[count].encoded_len();
+            count += 1;
+        }
+        let later = said.split_off(count);
+        let now = std::mem::replace(said, later);
+        if responses.send(Ok(message(now))).await.is_err() {
+            return false;
+        }
+    }
+    true
+}
+
 /// The end of a stream on which something came that is no request, or too large a one.
 fn unreadable(status: &Status) -> Status {
     let message =
@@ -408,30 +311,37 @@ fn unreadable(status: &Status) -> Status {
 
 #[cfg(test)]
 mod tests {
-    use verdict_protocol::ids::Millis;
-
     use super::*;
 
-    /// Whoever hears NOT_LEADER takes it that the batch was given to nobody, and may say so to its caller.
-    #[test]
-    fn a_batch_that_was_under_way_is_unknown_to_the_node_that_forwarded_it() {
-        let id = BatchId::from_parts(Millis(1), [0; 10]);
-        let (lost, ends) = forwarded_result(id, Err(NotServed::Lost));
-        let submit_stream_response::Result::Outcome(v1::Outcome {
-            result: Some(v1::outcome::Result::Undecided(undecided)),
-            ..
-        }) = lost
-        else {
-            panic!("{lost:?}")
-        };
-        assert_eq!((undecided.state(), ends), (v1::UndecidedState::Unknown, true));
-        let (not_leader, ends) = forwarded_result(id, Err(NotServed::NotLeader));
-        let code = |said| match said {
-            submit_stream_response::Result::Error(error) => error.code,
-            submit_stream_response::Result::Outcome(outcome) => panic!("{outcome:?}"),
-        };
-        assert_eq!((code(not_leader), ends), (NOT_LEADER_CODE as i32, true));
-        let (overloaded, ends) = forwarded_result(id, Err(NotServed::Overloaded));
-        assert_eq!((code(overloaded), ends), (Code::ResourceExhausted as i32, false));
+    fn answer(bytes: usize) -> SubmitAnswer {
+        let message = "x".repeat(bytes);
+        let error = v1::CallError { message, ..Default::default() };
+        SubmitAnswer { batch_id: "id".to_owned(), result: Some(submit_answer::Result::Error(error)) }
+    }
+
+    #[tokio::test]
+    async fn answers_share_messages_that_stay_small() {
+        let (sender, mut messages) = mpsc::channel(100);
+        let mut said: Vec<_> = (0..100).map(|place| answer(place * 1000)).collect();
+        let all = said.clone();
+        assert!(tell(&mut said, &sender, |answers| v1::SubmitStreamResponse { answers }).await);
+        drop(sender);
+        let (mut told, mut count) = (Vec::new(), 0);
+        while let Some(message) = messages.recv().await {
+            let message = message.unwrap();
+            assert!(message.encoded_len() < ANSWER_BYTES + 100_000);
+            told.extend(message.answers);
+            count += 1;
+        }
+        assert!(said.is_empty() && told == all, "each is told once, in order");
+        assert!((19..30).contains(&count), "{count} messages for {} bytes", 100 * 99 * 500);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_nobody_reads_is_over() {
+        let (sender, messages) = mpsc::channel(1);
+        drop(messages);
+        let mut said = vec![answer(1)];
+        assert!(!tell(&mut said, &sender, |answers| v1::SubmitStreamResponse { answers }).await);
     }
 }

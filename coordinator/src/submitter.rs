@@ -23,13 +23,13 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request as TonicRequest, Status, metadata::MetadataValue, transport::Channel};
+use tonic::{Code, Status, transport::Channel};
 use verdict_proto::{
-    convert::{batch_id, batch_to_wire, outcome_to_wire},
-    v1::{self, settlement_client::SettlementClient},
+    convert::{batch_id, outcome_to_wire, split_to_wire},
+    v1::{self, SubmitAnswer, forward_client::ForwardClient, submit_answer::Result as Said},
 };
 use verdict_protocol::{
-    batch::Batch,
+    batch::{Placement, SplitBatch},
     ids::{BatchId, ContentHash, NodeId},
     leader::{Refusal, Reply},
 };
@@ -42,13 +42,14 @@ use crate::{
     leaders::Leaders,
 };
 
-/// Marks calls that must not be forwarded again.
-pub(crate) const FORWARDED: &str = "verdict-forwarded";
 /// Says of one batch of a forwarded stream that the node doesn't lead and gave the batch to nobody. Only between our nodes.
 pub(crate) const NOT_LEADER_CODE: Code = Code::FailedPrecondition;
 
-/// Batches on their way into a stream to the leader.
-const FORWARD_QUEUE: usize = 4096;
+/// Messages on their way into a stream to the leader.
+const FORWARD_QUEUE: usize = 16;
+/// A message to the leader is closed when it has so many batches, or bytes.
+pub(crate) const FORWARD_BATCHES_MAX: usize = 1024;
+const FORWARD_BYTES: usize = 1 << 20;
 /// How long opening a stream to the leader may take.
 const OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
 /// How often deadlines and pauses are looked at.
@@ -66,8 +67,7 @@ pub(crate) type Submitted = Result<v1::Outcome, CallFailure>;
 /// A batch that has passed its checks.
 #[derive(Debug)]
 pub(crate) struct Submission {
-    pub(crate) batch: Batch,
-    pub(crate) hash: ContentHash,
+    pub(crate) batch: SplitBatch,
     /// About how much memory it takes.
     pub(crate) bytes: usize,
     /// When the caller wants to know at the latest.
@@ -76,9 +76,12 @@ pub(crate) struct Submission {
     pub(crate) entrance: Entrance,
 }
 
-/// Bounds of what waits.
+/// What the submitter needs to know.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct SubmitterLimits {
+pub(crate) struct SubmitterConfig {
+    pub(crate) node: NodeId,
+    pub(crate) placement: Placement,
+    /// Bounds of what waits.
     pub(crate) submissions_max: usize,
     pub(crate) bytes_max: usize,
     /// The largest message, in bytes.
@@ -87,8 +90,7 @@ pub(crate) struct SubmitterLimits {
 
 /// The task.
 pub(crate) struct Submitter {
-    node: NodeId,
-    limits: SubmitterLimits,
+    config: SubmitterConfig,
     leaders: Arc<Leaders>,
     driver: Option<mpsc::Sender<Request>>,
     submissions: mpsc::Receiver<Submission>,
@@ -110,7 +112,7 @@ struct Forward {
     node: NodeId,
     stream: u64,
     /// None while it is being opened.
-    queue: Option<mpsc::Sender<v1::SubmitStreamRequest>>,
+    queue: Option<mpsc::Sender<v1::ForwardRequest>>,
     task: JoinHandle<()>,
 }
 
@@ -127,8 +129,8 @@ struct ForwardEvent {
 }
 
 enum ForwardKind {
-    Opened(mpsc::Sender<v1::SubmitStreamRequest>),
-    Answered(v1::SubmitStreamResponse),
+    Opened(mpsc::Sender<v1::ForwardRequest>),
+    Answered(Vec<SubmitAnswer>),
     /// It was never open, or has ended.
     Ended(Status),
 }
@@ -147,8 +149,7 @@ struct Table {
 }
 
 struct Pending {
-    batch: Batch,
-    hash: ContentHash,
+    batch: SplitBatch,
     bytes: usize,
     deadline: Instant,
     /// None: it was answered because its time was up, but a try is still under way.
@@ -167,7 +168,7 @@ enum Via {
 
 impl Table {
     fn add(&mut self, submission: Submission) {
-        let Submission { batch, hash, bytes, deadline, caller, entrance } = submission;
+        let Submission { batch, bytes, deadline, caller, entrance } = submission;
         self.last_tag += 1;
         let tag = self.last_tag;
         let queue = self.by_id.entry(batch.id).or_default();
@@ -179,7 +180,6 @@ impl Table {
         self.bytes += bytes;
         let pending = Pending {
             batch,
-            hash,
             bytes,
             deadline,
             caller: Some(caller),
@@ -192,7 +192,7 @@ impl Table {
 
     /// Whether a submission with this id waits here, with other contents.
     fn is_known_otherwise(&self, id: BatchId, hash: ContentHash) -> bool {
-        self.first(id).is_some_and(|first| first.hash != hash)
+        self.first(id).is_some_and(|first| first.batch.hash != hash)
     }
 
     /// The submission with this id that is under way, or will be next.
@@ -247,6 +247,22 @@ impl Table {
         } else {
             self.ready.push_back(tag);
         }
+    }
+
+    /// The next ones that are ready, as they are forwarded: as many as fit into one message.
+    fn hand_over(&mut self, via: Via) -> Vec<v1::SplitBatch> {
+        let (mut batches, mut bytes) = (Vec::new(), 0);
+        while batches.len() < FORWARD_BATCHES_MAX
+            && bytes < FORWARD_BYTES
+            && let Some(tag) = self.ready.pop_front()
+        {
+            let Some(pending) = self.pending.get_mut(&tag) else { continue };
+            debug_assert!(pending.under_way.is_none(), "a submission has one try under way");
+            pending.under_way = Some(via);
+            bytes += pending.bytes;
+            batches.push(split_to_wire(&pending.batch));
+        }
+        batches
     }
 
     /// The submission whose try under this id went through the stream.
@@ -322,18 +338,16 @@ pub(crate) fn undecided(id: BatchId, state: v1::UndecidedState, message: &str) -
 impl Submitter {
     /// The task's state, and where submissions are handed in.
     pub(crate) fn new(
-        node: NodeId,
-        limits: SubmitterLimits,
+        config: SubmitterConfig,
         leaders: Arc<Leaders>,
         driver: Option<mpsc::Sender<Request>>,
     ) -> (Submitter, mpsc::Sender<Submission>) {
         let (handle, submissions) = mpsc::channel(EVENTS_PER_ROUND);
         // Each submission has one try under way, so the answers of all of them find room.
-        let (local_sender, local) = mpsc::channel(limits.submissions_max + 1);
+        let (local_sender, local) = mpsc::channel(config.submissions_max + 1);
         let (forward_sender, forwarded) = mpsc::channel(EVENTS_PER_ROUND);
         let submitter = Submitter {
-            node,
-            limits,
+            config,
             leaders,
             driver,
             submissions,
@@ -383,12 +397,12 @@ impl Submitter {
     fn submit(&mut self, submission: Submission) {
         let table = &self.table;
         let id = submission.batch.id;
-        if table.is_known_otherwise(id, submission.hash) {
+        if table.is_known_otherwise(id, submission.batch.hash) {
             let refusal = CallFailure::of_refusal(&Refusal::DifferentContents, Some(id));
             return submission.caller.answer(Err(refusal));
         }
-        if table.pending.len() >= self.limits.submissions_max
-            || table.bytes + submission.bytes > self.limits.bytes_max
+        if table.pending.len() >= self.config.submissions_max
+            || table.bytes + submission.bytes > self.config.bytes_max
         {
             let message = format!(
                 "{} batches of {} bytes in all wait at this node: no more are taken now",
@@ -407,7 +421,7 @@ impl Submitter {
         }
         let target = self.leaders.target();
         match &self.driver {
-            Some(driver) if target == self.node => {
+            Some(driver) if target == self.config.node => {
                 let driver = driver.clone();
                 self.dispatch_local(&driver);
             }
@@ -417,7 +431,7 @@ impl Submitter {
 
     fn dispatch_local(&mut self, driver: &mpsc::Sender<Request>) {
         if driver.is_closed() {
-            self.leaders.failed(self.node, None);
+            self.leaders.failed(self.config.node, None);
             return self.pause();
         }
         while let Ok(room) = driver.try_reserve() {
@@ -425,14 +439,14 @@ impl Submitter {
             let Some(pending) = self.table.pending.get_mut(&tag) else { continue };
             debug_assert!(pending.under_way.is_none(), "a submission has one try under way");
             pending.under_way = Some(Via::Local);
-            let question = Question::Submit { batch: pending.batch.clone(), hash: pending.hash };
+            let question = Question::Submit { batch: pending.batch.clone() };
             let caller = Caller::Many { tag, sender: self.local_sender.clone() };
             room.send(Request { question, caller });
         }
     }
 
     fn dispatch_forward(&mut self, target: NodeId) {
-        if target == self.node {
+        if target == self.config.node {
             // Nobody leads here, though somebody said so.
             self.leaders.failed(target, None);
             return self.pause();
@@ -443,12 +457,11 @@ impl Submitter {
         }
         let Some(Forward { stream, queue: Some(queue), .. }) = &self.forward else { return };
         let via = Via::Stream(*stream);
-        while let Ok(room) = queue.try_reserve() {
-            let Some(tag) = self.table.ready.pop_front() else { return };
-            let Some(pending) = self.table.pending.get_mut(&tag) else { continue };
-            debug_assert!(pending.under_way.is_none(), "a submission has one try under way");
-            pending.under_way = Some(via);
-            room.send(v1::SubmitStreamRequest { batch: Some(batch_to_wire(&pending.batch)) });
+        while !self.table.ready.is_empty()
+            && let Ok(room) = queue.try_reserve()
+        {
+            let batches = self.table.hand_over(via);
+            room.send(v1::ForwardRequest { shards: self.config.placement.shards, batches });
         }
     }
 
@@ -460,9 +473,9 @@ impl Submitter {
         };
         self.last_stream += 1;
         let stream = self.last_stream;
-        let client = SettlementClient::new(channel)
-            .max_decoding_message_size(self.limits.message_bytes_max)
-            .max_encoding_message_size(self.limits.message_bytes_max);
+        let client = ForwardClient::new(channel)
+            .max_decoding_message_size(self.config.message_bytes_max)
+            .max_encoding_message_size(self.config.message_bytes_max);
         let task = tokio::spawn(forward(client, stream, self.forward_sender.clone()));
         self.forward = Some(Forward { node, stream, queue: None, task });
     }
@@ -509,7 +522,7 @@ impl Submitter {
             }
             Err(NotServed::NotLeader) => {
                 self.table.again(tag, false);
-                self.leaders.failed(self.node, None);
+                self.leaders.failed(self.config.node, None);
                 self.pause_once();
             }
             Err(NotServed::Overloaded) => {
@@ -542,30 +555,29 @@ impl Submitter {
                     forward.queue = Some(queue);
                 }
             }
-            ForwardKind::Answered(response) => self.forward_answered(stream, response),
+            ForwardKind::Answered(answers) => {
+                answers.into_iter().for_each(|answer| self.forward_answered(stream, answer));
+            }
             ForwardKind::Ended(status) => self.forward_ended(stream, &status),
         }
     }
 
-    fn forward_answered(&mut self, stream: u64, response: v1::SubmitStreamResponse) {
-        let tag =
-            batch_id("batch_id", &response.batch_id).ok().and_then(|id| self.table.by_stream(id, stream));
+    fn forward_answered(&mut self, stream: u64, answer: SubmitAnswer) {
+        let tag = batch_id("batch_id", &answer.batch_id).ok().and_then(|id| self.table.by_stream(id, stream));
         let Some(tag) = tag else { return };
-        match response.result {
-            Some(v1::submit_stream_response::Result::Outcome(outcome)) => match outcome.result {
+        match answer.result {
+            Some(Said::Outcome(outcome)) => match outcome.result {
                 None | Some(v1::outcome::Result::Undecided(_)) => self.table.again(tag, true),
                 Some(v1::outcome::Result::Committed(_) | v1::outcome::Result::Aborted(_)) => {
                     self.failures = 0;
                     self.table.answer(tag, Ok(outcome));
                 }
             },
-            Some(v1::submit_stream_response::Result::Error(error))
-                if error.code == NOT_LEADER_CODE as i32 =>
-            {
+            Some(Said::Error(error)) if error.code == NOT_LEADER_CODE as i32 => {
                 self.table.again(tag, false);
                 self.pause_once();
             }
-            Some(v1::submit_stream_response::Result::Error(error)) => {
+            Some(Said::Error(error)) => {
                 if self.table.refused(tag, CallFailure::of_call_error(error)) {
                     self.pause();
                 }
@@ -600,20 +612,18 @@ pub(crate) fn refusal_of(refusal: &Refusal, field: &str, id: BatchId) -> CallFai
 }
 
 /// The task of one stream to a leader. Batches are sent only once the other side has taken the call.
-async fn forward(mut client: SettlementClient<Channel>, stream: u64, events: mpsc::Sender<ForwardEvent>) {
+async fn forward(mut client: ForwardClient<Channel>, stream: u64, events: mpsc::Sender<ForwardEvent>) {
     let (queue, requests) = mpsc::channel(FORWARD_QUEUE);
     let read = async {
-        let mut request = TonicRequest::new(ReceiverStream::new(requests));
-        request.metadata_mut().insert(FORWARDED, MetadataValue::from_static("1"));
-        let opened = tokio::time::timeout(OPEN_TIMEOUT, client.submit_stream(request)).await;
+        let opened = tokio::time::timeout(OPEN_TIMEOUT, client.exchange(ReceiverStream::new(requests))).await;
         let opened = opened.map_err(|_| Status::deadline_exceeded("open a stream to the leader"))?;
         let mut answers = opened?.into_inner();
         let tell = |kind| events.send(ForwardEvent { stream, kind });
         if tell(ForwardKind::Opened(queue)).await.is_err() {
             return Ok(());
         }
-        while let Some(answer) = answers.message().await? {
-            if tell(ForwardKind::Answered(answer)).await.is_err() {
+        while let Some(message) = answers.message().await? {
+            if tell(ForwardKind::Answered(message.answers)).await.is_err() {
                 return Ok(());
             }
         }
@@ -630,7 +640,7 @@ async fn forward(mut client: SettlementClient<Channel>, stream: u64, events: mps
 mod tests {
     use bytes::Bytes;
     use verdict_protocol::{
-        batch::{Operation, OperationKind, RowKey},
+        batch::{Batch, Operation, OperationKind, RowKey},
         ids::Millis,
     };
 
@@ -640,14 +650,16 @@ mod tests {
         directory::{Directory, View},
     };
 
+    const PLACEMENT: Placement = Placement { shards: 1 };
+
     fn submission(id: u64, deadline: Instant) -> (Submission, tokio::sync::oneshot::Receiver<Submitted>) {
         let row = RowKey::new("p", "r").unwrap();
         let operation = Operation { row, kind: OperationKind::Put(Bytes::from_static(b"x")) };
         let id = BatchId::from_parts(Millis(id), [0; 10]);
         let batch = Batch { id, timeout_ms: 0, operations: vec![operation], zero_sum: false };
         let (caller, answer) = Caller::once();
-        let hash = batch.hash();
-        (Submission { batch, hash, bytes: 10, deadline, caller, entrance: Admission::new(1).enter() }, answer)
+        let batch = batch.split(PLACEMENT);
+        (Submission { batch, bytes: 10, deadline, caller, entrance: Admission::new(1).enter() }, answer)
     }
 
     fn leaders() -> Leaders {
@@ -746,8 +758,14 @@ mod tests {
 
     /// A submitter with one submission under way, as by that end.
     fn under_way(end: End, deadline: Instant) -> (Submitter, tokio::sync::oneshot::Receiver<Submitted>) {
-        let limits = SubmitterLimits { submissions_max: 10, bytes_max: 1000, message_bytes_max: 1000 };
-        let (mut submitter, _) = Submitter::new(NodeId(1), limits, Arc::new(leaders()), None);
+        let config = SubmitterConfig {
+            node: NodeId(1),
+            placement: PLACEMENT,
+            submissions_max: 10,
+            bytes_max: 1000,
+            message_bytes_max: 1000,
+        };
+        let (mut submitter, _) = Submitter::new(config, Arc::new(leaders()), None);
         let (submission, answer) = submission(1, deadline);
         submitter.table.add(submission);
         take_up(&mut submitter, end);
@@ -770,7 +788,6 @@ mod tests {
     }
 
     fn end_try(submitter: &mut Submitter, end: End) {
-        use v1::submit_stream_response::Result as Said;
         let id = BatchId::from_parts(Millis(1), [0; 10]);
         let kind = match end {
             End::Driver(why) => return submitter.answered(1, Err(why)),
@@ -785,7 +802,7 @@ mod tests {
                     }
                     _ => None,
                 };
-                ForwardKind::Answered(v1::SubmitStreamResponse { batch_id: id.to_string(), result })
+                ForwardKind::Answered(vec![SubmitAnswer { batch_id: id.to_string(), result }])
             }
         };
         submitter.forward_event(ForwardEvent { stream: STREAM, kind });
@@ -870,7 +887,7 @@ mod tests {
     #[test]
     fn other_contents_do_not_wait_behind_the_first() {
         let (first, _first) = submission(1, Instant::now());
-        let (id, hash) = (first.batch.id, first.hash);
+        let (id, hash) = (first.batch.id, first.batch.hash);
         let mut table = Table::default();
         assert!(!table.is_known_otherwise(id, hash));
         table.add(first);

@@ -22,17 +22,21 @@ use tonic_types::StatusExt as _;
 use verdict_coordinator::{CoordinatorConfig, CoordinatorNode, NoShards};
 use verdict_proto::{
     connect::{Connect, InProcess},
-    convert::{from_shard_to_wire, not_leader_to_wire, read_answer_to_wire, to_shard_from_wire},
+    convert::{
+        encoded, from_shard_to_wire, not_leader_to_wire, read_answer_to_wire, split_to_wire,
+        to_shard_from_wire,
+    },
     v1::{
         self,
         admin_client::AdminClient,
+        forward_client::ForwardClient,
         outcome,
         participant_server::{Participant, ParticipantServer},
         settlement_client::SettlementClient,
     },
 };
 use verdict_protocol::{
-    batch::Placement,
+    batch::{Batch, Placement},
     ids::{BatchId, Millis, NodeId, Number, ShardId, Stamp},
     messages::{
         Abort, AbortReason, Done, FromShard, Greeting, HeldPart, RowAt, ShardQuery, ShardReadAnswer, Vote,
@@ -122,7 +126,8 @@ impl Script {
         }
         for prepare in told.message.prepares {
             state.prepares += 1;
-            let poor = prepare.operations.iter().any(|(_, one)| one.row.partition().starts_with("poor"));
+            let part = prepare.part.decode().unwrap();
+            let poor = part.iter().any(|(_, one)| one.row.partition().starts_with("poor"));
             let kind = match poor {
                 true => {
                     VoteKind::No(Abort { operation: Some(1), ..Abort::because(AbortReason::ShortOfFunds) })
@@ -233,6 +238,7 @@ async fn start_among(
     let server = Server::builder()
         .add_service(host.service())
         .add_service(coordinator.settlement_service())
+        .add_service(coordinator.forward_service())
         .add_service(coordinator.admin_service())
         .add_service(ParticipantServer::new(script.clone()))
         .serve_with_incoming_shutdown(ReceiverStream::new(network.listen(&address(node))), async {
@@ -301,6 +307,10 @@ impl Cluster {
         }
     }
 
+    fn forward(&self, node: u64) -> ForwardClient<tonic::transport::Channel> {
+        ForwardClient::new(self.network.channel(&address(node)).unwrap())
+    }
+
     fn settlement(&self, node: u64) -> SettlementClient<tonic::transport::Channel> {
         SettlementClient::new(self.network.channel(&address(node)).unwrap())
     }
@@ -308,6 +318,11 @@ impl Cluster {
     fn admin(&self, node: u64) -> AdminClient<tonic::transport::Channel> {
         AdminClient::new(self.network.channel(&address(node)).unwrap())
     }
+}
+
+/// The answers of a stream, one by one.
+fn each(answers: Streaming<v1::SubmitStreamResponse>) -> impl Stream<Item = v1::SubmitAnswer> {
+    answers.flat_map(|message| futures::stream::iter(message.unwrap().answers))
 }
 
 /// Far longer than anything takes here, on a machine that stands still for seconds too.
@@ -415,24 +430,23 @@ async fn every_batch_of_a_stream_is_answered_on_its_own_through_either_node() {
         let mut client = cluster.settlement(node);
         while !batches.is_empty() {
             let total = batches.len();
-            let requests: Vec<_> =
-                batches.iter().map(|batch| v1::SubmitStreamRequest { batch: Some(batch.clone()) }).collect();
+            let requests: Vec<_> = batches.iter().map(|batch| v1::SubmitStreamRequest::of([batch])).collect();
             let answers = client.submit_stream(tokio_stream::iter(requests)).await.unwrap().into_inner();
-            let answers: Vec<_> = answers.map(Result::unwrap).collect().await;
+            let answers: Vec<_> = each(answers).collect().await;
             assert_eq!(answers.len(), total);
             let mut refused = Vec::new();
             for answer in answers {
                 match answer.result.unwrap() {
-                    v1::submit_stream_response::Result::Outcome(outcome) => {
+                    v1::submit_answer::Result::Outcome(outcome) => {
                         stamp(outcome);
                     }
                     // A machine that is busy with something else takes fewer at once.
-                    v1::submit_stream_response::Result::Error(error)
+                    v1::submit_answer::Result::Error(error)
                         if error.code == Code::ResourceExhausted as i32 =>
                     {
                         refused.push(answer.batch_id);
                     }
-                    v1::submit_stream_response::Result::Error(error) => {
+                    v1::submit_answer::Result::Error(error) => {
                         assert_eq!(answer.batch_id, wrong.id);
                         assert_eq!(error.code, Code::InvalidArgument as i32);
                         assert_eq!(error.field, "batch.operations[1].add.delta");
@@ -551,38 +565,38 @@ async fn what_was_under_way_at_a_leader_that_is_gone_is_unknown() {
         let mut client = cluster.settlement(asked as u64 + 1);
         let batch = |n| v1::Batch { timeout_ms: 4000, ..transfer(id(n), "user:", 1) };
         let single = tokio::spawn(async move { node.submit(batch(2)).await });
-        let requests = (10..15).map(move |n| v1::SubmitStreamRequest { batch: Some(batch(n)) });
+        let requests = (10..15).map(move |n| v1::SubmitStreamRequest::of([&batch(n)]));
         // The stream stays open, as that of a client which has more to send.
         let requests = tokio_stream::iter(requests).chain(futures::stream::pending());
         let answers = client.submit_stream(requests).await.unwrap().into_inner();
         // As another node hands one over.
-        let mut forwarded = Request::new(v1::SubmitRequest { batch: Some(batch(3)) });
-        forwarded.metadata_mut().insert("verdict-forwarded", "1".parse().unwrap());
-        let mut at_leader = cluster.settlement(leader as u64 + 1);
-        let forwarded = tokio::spawn(async move { at_leader.submit(forwarded).await });
+        let forwarded = Batch::from_wire(&encoded(&batch(3)), 10).unwrap().split(PLACEMENT);
+        let forwarded =
+            v1::ForwardRequest { shards: PLACEMENT.shards, batches: vec![split_to_wire(&forwarded)] };
+        let forwarded = tokio_stream::iter([forwarded]).chain(futures::stream::pending());
+        let forwarded = cluster.forward(leader as u64 + 1).exchange(forwarded).await.unwrap().into_inner();
         cluster.prepared(7).await;
         let gone = cluster.nodes.remove(1 - asked);
         gone.stop().await;
         assert_eq!(undecided(single.await.unwrap().unwrap()), v1::UndecidedState::Unknown, "{voters:?}");
-        match forwarded.await.unwrap() {
-            Ok(said) => {
-                assert_eq!(
-                    undecided(said.into_inner().outcome.unwrap()),
-                    v1::UndecidedState::Unknown,
-                    "{voters:?}"
-                );
-            }
+        match forwarded.into_future().await.0.unwrap() {
+            Ok(said) => match said.answers[0].result.clone().unwrap() {
+                v1::submit_answer::Result::Outcome(outcome) => {
+                    assert_eq!(undecided(outcome), v1::UndecidedState::Unknown, "{voters:?}");
+                }
+                v1::submit_answer::Result::Error(error) => panic!("{voters:?}: {error:?}"),
+            },
             // The connection may have gone first, which says nothing.
             Err(status) => {
                 assert!(status.get_error_details().error_info().is_none(), "{voters:?}: {status:?}")
             }
         }
-        for answer in answers.take(5).collect::<Vec<_>>().await {
-            match answer.unwrap().result.unwrap() {
-                v1::submit_stream_response::Result::Outcome(outcome) => {
+        for answer in each(answers).take(5).collect::<Vec<_>>().await {
+            match answer.result.unwrap() {
+                v1::submit_answer::Result::Outcome(outcome) => {
                     assert_eq!(undecided(outcome), v1::UndecidedState::Unknown, "{voters:?}");
                 }
-                v1::submit_stream_response::Result::Error(error) => panic!("{voters:?}: {error:?}"),
+                v1::submit_answer::Result::Error(error) => panic!("{voters:?}: {error:?}"),
             }
         }
         cluster.stop().await;
@@ -600,7 +614,7 @@ async fn no_more_is_taken_than_a_node_has_room_for() {
     cluster.hush();
     let batches: Vec<_> =
         (0..20).map(|n| v1::Batch { timeout_ms: 1500, ..transfer(id(n), "user:", 1) }).collect();
-    let requests = batches.clone().into_iter().map(|batch| v1::SubmitStreamRequest { batch: Some(batch) });
+    let requests = batches.clone().into_iter().map(|batch| v1::SubmitStreamRequest::of([&batch]));
     let requests = tokio_stream::iter(requests).chain(futures::stream::pending());
     let stream = cluster.settlement(1).submit_stream(requests).await.unwrap();
     cluster.prepared(1).await;
@@ -698,7 +712,7 @@ async fn without_a_leader_nothing_was_proposed_and_the_error_says_so() {
     let patient = v1::Batch { timeout_ms: 60_000, ..batch };
     let mut status = Status::ok("");
     for limit_ms in [400, 2000, 10_000] {
-        let mut request = Request::new(v1::SubmitRequest { batch: Some(patient.clone()) });
+        let mut request = Request::new(v1::SubmitRequest::of(&patient));
         request.set_timeout(Duration::from_millis(limit_ms));
         status = cluster.settlement(2).submit(request).await.unwrap_err();
         if !matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled) {

@@ -149,6 +149,7 @@ impl Node {
             .add_service(host.service())
             .add_service(participant.service())
             .add_service(coordinator.settlement_service())
+            .add_service(coordinator.forward_service())
             .add_service(coordinator.admin_service());
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = server(routes.routes()).serve_with_incoming_shutdown(incoming, async {

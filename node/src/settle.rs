@@ -690,16 +690,17 @@ mod tests {
     };
 
     use futures::Stream;
+    use prost::Message as _;
     use tokio_stream::wrappers::ReceiverStream;
     use tonic::{Request, Response, Status, Streaming, transport::Server};
     use verdict_client::{BatchBuilder, Value, connect::InProcess};
     use verdict_proto::v1::{
         Aborted, CallError, Committed, GetBatchRequest, GetBatchResponse, HistoryRequest, HistoryResponse,
-        Outcome as Told, ReadRequest, ReadResponse, RowValue, SubmitRequest, SubmitResponse,
+        Outcome as Told, ReadRequest, ReadResponse, RowValue, SubmitAnswer, SubmitRequest, SubmitResponse,
         SubmitStreamRequest, SubmitStreamResponse, Undecided,
         outcome::Result as Said,
         settlement_server::{Settlement, SettlementServer},
-        submit_stream_response::Result as Answered,
+        submit_answer::Result as Answered,
     };
 
     use super::*;
@@ -723,8 +724,8 @@ mod tests {
             request: Request<Streaming<SubmitStreamRequest>>,
         ) -> Result<Response<Self::SubmitStreamStream>, Status> {
             let node = self.clone();
-            let answers = request.into_inner().map(move |request| {
-                let batch = request?.batch.expect("a request has a batch");
+            let answer = move |batch: bytes::Bytes| {
+                let batch = Batch::decode(batch).expect("a request has batches");
                 let partition = batch.operations[0].row.clone().expect("an operation has a row").partition;
                 node.ids.lock().unwrap().push(batch.id.clone());
                 let mut script = node.script.lock().unwrap();
@@ -734,7 +735,11 @@ mod tests {
                 if let Answered::Outcome(outcome) = &mut result {
                     outcome.batch_id = batch.id.clone();
                 }
-                Ok(SubmitStreamResponse { batch_id: batch.id, result: Some(result) })
+                SubmitAnswer { batch_id: batch.id, result: Some(result) }
+            };
+            let answers = request.into_inner().map(move |request| {
+                let answers = request?.batches.into_iter().map(&answer).collect();
+                Ok(SubmitStreamResponse { answers })
             });
             Ok(Response::new(answers.boxed()))
         }

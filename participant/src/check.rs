@@ -5,12 +5,12 @@
 
 use tonic::Status;
 use verdict_protocol::{
-    batch::{Batch, BatchLimits, OperationKind, Placement, RowKey},
-    ids::ShardId,
-    messages::{Prepare, ShardQuery, ShardRead, ToShard},
+    batch::{Batch, BatchError, BatchLimits, OperationKind, Part, Placement, RowKey},
+    ids::{BatchId, ShardId},
+    messages::{ShardQuery, ShardRead, ToShard},
 };
 
-/// Whether the rows of a message live in the shard, and its deltas add up.
+/// Whether the parts of a message can be read, their rows live in the shard, and their deltas add up.
 pub fn check_message(placement: Placement, shard: ShardId, message: &ToShard) -> Result<(), Status> {
     if !message.is_empty() && message.placement != placement {
         return Err(Status::failed_precondition(format!(
@@ -19,10 +19,11 @@ pub fn check_message(placement: Placement, shard: ShardId, message: &ToShard) ->
         )));
     }
     for prepare in &message.prepares {
-        for (_, operation) in &prepare.operations {
+        let part = prepare.part.decode().map_err(|error| malformed(prepare.id, &error))?;
+        for (_, operation) in &part {
             check_row(placement, shard, &operation.row)?;
         }
-        check_deltas(placement, prepare)?;
+        check_deltas(placement, prepare.id, part)?;
     }
     Ok(())
 }
@@ -48,8 +49,8 @@ fn check_row(placement: Placement, shard: ShardId, row: &RowKey) -> Result<(), S
 }
 
 /// Deltas on one row must not leave 128 bits together. Only deltas that are huge are looked at row by row.
-fn check_deltas(placement: Placement, prepare: &Prepare) -> Result<(), Status> {
-    let sum = prepare.operations.iter().try_fold(0_i128, |sum, (_, operation)| match &operation.kind {
+fn check_deltas(placement: Placement, id: BatchId, part: Part) -> Result<(), Status> {
+    let sum = part.iter().try_fold(0_i128, |sum, (_, operation)| match &operation.kind {
         OperationKind::Add { delta, .. } => sum.checked_add(delta.checked_abs()?),
         OperationKind::Put(_)
         | OperationKind::Insert(_)
@@ -59,15 +60,16 @@ fn check_deltas(placement: Placement, prepare: &Prepare) -> Result<(), Status> {
     if sum.is_some() {
         return Ok(());
     }
-    let adds = prepare.operations.iter().map(|(_, operation)| operation);
-    let operations =
-        adds.filter(|operation| matches!(operation.kind, OperationKind::Add { .. })).cloned().collect();
+    let adds = part.into_iter().map(|(_, operation)| operation);
+    let operations = adds.filter(|operation| matches!(operation.kind, OperationKind::Add { .. })).collect();
     let limits =
         BatchLimits { operations_max: usize::MAX, participants_max: usize::MAX, bytes_max: usize::MAX };
-    let part = Batch { id: prepare.id, timeout_ms: 0, operations, zero_sum: false };
-    part.check(&limits, placement).map_err(|error| {
-        Status::invalid_argument(format!("the part of batch {} is malformed: {error}", prepare.id))
-    })
+    let part = Batch { id, timeout_ms: 0, operations, zero_sum: false };
+    part.check(&limits, placement).map_err(|error| malformed(id, &error))
+}
+
+fn malformed(id: BatchId, error: &BatchError) -> Status {
+    Status::invalid_argument(format!("the part of batch {id} is malformed: {error}"))
 }
 
 #[cfg(test)]
@@ -76,6 +78,8 @@ mod tests {
     use verdict_protocol::{
         batch::Operation,
         ids::{BatchId, ContentHash, Millis, Number},
+        messages::Prepare,
+        wire::EncodedPart,
     };
 
     use super::*;
@@ -83,7 +87,7 @@ mod tests {
     fn message(rows: &[(&str, i128)]) -> ToShard {
         let add = |(partition, delta): &(&str, i128)| {
             let kind = OperationKind::Add { delta: *delta, floor: Some(i128::MIN), ceiling: None };
-            (0, Operation { row: RowKey::new(partition, "USD").unwrap(), kind })
+            Operation { row: RowKey::new(partition, "USD").unwrap(), kind }
         };
         let prepare = Prepare {
             number: Number::default(),
@@ -92,7 +96,9 @@ mod tests {
             shards: vec![],
             gives_up: vec![],
             sole: None,
-            operations: rows.iter().map(add).collect(),
+            part: EncodedPart::new(
+                rows.iter().map(add).collect::<Vec<_>>().iter().map(|operation| (0, operation)),
+            ),
         };
         ToShard { placement: Placement { shards: 4 }, prepares: vec![prepare], ..Default::default() }
     }
@@ -117,5 +123,15 @@ mod tests {
         check(&[("a", i128::MAX), ("b", i128::MAX), ("c", i128::MIN)]).unwrap();
         check(&[("a", i128::MAX), ("a", -1)]).unwrap();
         assert_eq!(check(&[("a", i128::MAX), ("a", 1)]).unwrap_err().code(), Code::InvalidArgument);
+    }
+
+    /// It would stop the replicas.
+    #[test]
+    fn a_part_that_is_none_is_refused() {
+        let mut message = message(&[("a", 1)]);
+        message.prepares[0].part = EncodedPart::from_wire(b"\x0a\x02\x12\x00".as_slice().into());
+        let status = check_message(message.placement, ShardId(1), &message).unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.message().contains("part.operations[0].operation.row: is missing"), "{status}");
     }
 }

@@ -28,6 +28,7 @@ use verdict_protocol::{
         Done, FromShard, Greeting, HeldPart, PartOutcome, Prepare, RowAt, RowValue, ShardQuery, ShardRead,
         ShardReadAnswer, ToShard, Vote, VoteKind,
     },
+    wire::EncodedPart,
 };
 use verdict_raft::{Host, HostConfig, Limits, Timing};
 
@@ -223,7 +224,7 @@ fn add(sequence: u64, delta: i128) -> Prepare {
         shards: vec![SHARD],
         gives_up: vec![],
         sole: None,
-        operations: vec![(0, Operation { row: row(), kind })],
+        part: EncodedPart::new([(0, &Operation { row: row(), kind })]),
     }
 }
 

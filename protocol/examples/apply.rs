@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use verdict_protocol::{
-    batch::{Operation, OperationKind, Part, Placement, RowKey},
+    batch::{Operation, OperationKind, Placement, RowKey},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, Number, ShardId, Stamp},
     machine::{self, Machine, encode},
     messages::{PartOutcome, Prepare, ToShard},
     shard::{SWEEP_INTERVAL, Shard, ShardConfig, ShardEntry},
     store::MemoryStore,
+    wire::EncodedPart,
 };
 
 const PARTS: usize = 400_000;
@@ -23,7 +24,7 @@ const KEEP_BYTES: usize = 256 << 20;
 const PLACEMENT: Placement = Placement { shards: 1 };
 
 /// A buyer's or seller's part, every other time with the record of the trade.
-fn part(sequence: u64, user: u64) -> Part {
+fn part(sequence: u64, user: u64) -> EncodedPart {
     let user = format!("user:{user}");
     let add = |asset: &str, delta| Operation {
         row: RowKey::new(&user, asset).expect("a good name"),
@@ -37,7 +38,7 @@ fn part(sequence: u64, user: u64) -> Part {
             Operation { row, kind: OperationKind::Insert(Bytes::from_static(b"0.0123 at 12345.67")) },
         ));
     }
-    part
+    EncodedPart::new(part.iter().map(|(place, operation)| (*place, operation)))
 }
 
 fn message() -> ToShard {
@@ -69,7 +70,7 @@ fn entries(per_entry: usize) -> Vec<Vec<u8>> {
                 shards: vec![ShardId(1), ShardId(2)],
                 gives_up: vec![],
                 sole: None,
-                operations: part(sequence, (seed >> 33) % ACCOUNTS),
+                part: part(sequence, (seed >> 33) % ACCOUNTS),
             });
             outcomes.push(PartOutcome { id, number, commit: Some(Stamp(sequence)), gives_up: vec![] });
         }

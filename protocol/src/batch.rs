@@ -1,7 +1,8 @@
 //! Batches: what a client submits, checked and split by shard.
 //!
 //! A batch that has passed [`Batch::check`] can be settled or rejected, but is never malformed. Its [`ContentHash`] covers all
-//! that decides its effects (operations and `zero_sum`), not how long the coordinator may try.
+//! that decides its effects (operations and `zero_sum`), not how long the coordinator may try. What is settled is a [`SplitBatch`]: each
+//! of its parts is encoded once, and passed on as it is.
 
 use std::collections::BTreeMap;
 
@@ -12,6 +13,7 @@ use smallvec::SmallVec;
 use crate::{
     ids::{BatchId, ContentHash, ShardId, Stamp},
     machine::encode,
+    wire::{EncodedPart, write_operation},
 };
 
 /// The longest name of a partition or of a row, in bytes.
@@ -38,7 +40,7 @@ impl RowKey {
                 "must not be empty".to_owned()
             } else if text.len() > NAME_BYTES_MAX {
                 format!("is {} bytes long, at most {NAME_BYTES_MAX} are allowed", text.len())
-            } else if text.chars().any(char::is_control) {
+            } else if !is_plain(text) && text.chars().any(char::is_control) {
                 format!("{text:?} contains a control character")
             } else {
                 continue;
@@ -77,10 +79,21 @@ impl RowKey {
         self.name().split('/').next().unwrap_or_default()
     }
 
+    /// Partition and name, as bytes.
+    pub(crate) fn pieces(&self) -> (&[u8], &[u8]) {
+        let end = self.0.iter().position(|byte| *byte == 0).expect("a key has a NUL between its parts");
+        (&self.0[..end], &self.0[end + 1..])
+    }
+
     fn parts(&self) -> (&str, &str) {
         let text = std::str::from_utf8(&self.0).expect("a key is made of two strings");
         text.split_once('\0').expect("a key has a NUL between its parts")
     }
+}
+
+/// Whether a text is made of printable ASCII alone, as most are.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
 }
 
 /// As bytes in one piece.
@@ -252,20 +265,60 @@ impl Placement {
 /// The operations of one shard, each with its place in the whole batch.
 pub type Part = Vec<(u32, Operation)>;
 
-impl Batch {
-    /// Hash of the contents.
-    pub fn hash(&self) -> ContentHash {
-        ContentHash(*blake3::hash(&encode(&(self.zero_sum, &self.operations))).as_bytes())
+/// A batch as it is settled: its parts, each encoded once, as it is sent to its shard and put into that one's log.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SplitBatch {
+    /// Its id.
+    pub id: BatchId,
+    /// Hash of its contents.
+    pub hash: ContentHash,
+    /// How long the coordinator may try before it decides abort; 0: the default.
+    pub timeout_ms: u32,
+    /// Its parts, in ascending order of their shards; at least one.
+    pub parts: Vec<(ShardId, EncodedPart)>,
+}
+
+impl SplitBatch {
+    /// The part of a shard.
+    pub fn part(&self, shard: ShardId) -> Option<&EncodedPart> {
+        self.parts.iter().find(|(owner, _)| *owner == shard).map(|(_, part)| part)
     }
 
-    /// Splits the operations by shard, in the order of the batch.
-    pub fn split(self, placement: Placement) -> BTreeMap<ShardId, Part> {
-        let mut parts: BTreeMap<ShardId, Part> = BTreeMap::new();
-        for (place, operation) in self.operations.into_iter().enumerate() {
-            let shard = placement.shard_of(operation.row.partition());
-            parts.entry(shard).or_default().push((place as u32, operation));
+    /// Its participants, in ascending order.
+    pub fn shards(&self) -> impl Iterator<Item = ShardId> + '_ {
+        self.parts.iter().map(|(shard, _)| *shard)
+    }
+}
+
+impl Batch {
+    /// Splits it by shard, each part in the order of the batch. The hash is BLAKE3 of `zero_sum` (1 byte) and of each part in turn: its shard
+    /// (4 bytes), its length (8 bytes), its bytes. As each operation tells its place, that is all of the batch.
+    pub fn split(&self, placement: Placement) -> SplitBatch {
+        let owner = |operation: &Operation| placement.shard_of(operation.row.partition());
+        let mut by_shard: SmallVec<[(ShardId, u32); 16]> =
+            (0..).zip(&self.operations).map(|(place, operation)| (owner(operation), place)).collect();
+        by_shard.sort_unstable();
+        let mut hashed = Vec::with_capacity(64 + 96 * self.operations.len());
+        hashed.push(u8::from(self.zero_sum));
+        let mut ends: SmallVec<[(ShardId, usize, usize); 4]> = SmallVec::new();
+        for part in by_shard.chunk_by(|(one, _), (other, _)| one == other) {
+            let shard = part[0].0;
+            hashed.extend_from_slice(&shard.0.to_be_bytes());
+            let length = hashed.len();
+            hashed.extend_from_slice(&[0; 8]);
+            let from = hashed.len();
+            for (_, place) in part {
+                write_operation(&mut hashed, *place, &self.operations[*place as usize]);
+            }
+            let bytes = (hashed.len() - from) as u64;
+            hashed[length..from].copy_from_slice(&bytes.to_be_bytes());
+            ends.push((shard, from, hashed.len()));
         }
-        parts
+        let hash = ContentHash(*blake3::hash(&hashed).as_bytes());
+        let all = Bytes::from(hashed);
+        let parts =
+            ends.into_iter().map(|(shard, from, to)| (shard, EncodedPart::from_wire(all.slice(from..to))));
+        SplitBatch { id: self.id, hash, timeout_ms: self.timeout_ms, parts: parts.collect() }
     }
 
     /// Checks all that can be checked without knowing any row.

@@ -23,3 +23,4 @@ pub mod roster;
 pub mod shard;
 pub mod show;
 pub mod store;
+pub mod wire;

@@ -85,7 +85,7 @@ pub fn apply<M: Machine>(
 }
 
 /// The first byte of all that is stored and replicated by machines: the version of its format.
-const FORMAT: u8 = 2;
+const FORMAT: u8 = 3;
 
 /// Encodes a value in the format of all that is stored and replicated: a version byte, then postcard.
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {

@@ -39,6 +39,7 @@ mod tests {
     use crate::{
         ids::{BatchId, ContentHash, Number, Stamp},
         messages::{PartOutcome, Prepare},
+        wire::EncodedPart,
     };
 
     use super::*;
@@ -55,7 +56,7 @@ mod tests {
             shards: vec![],
             gives_up: vec![],
             sole: None,
-            operations: vec![],
+            part: EncodedPart::default(),
         };
         let outcome = |sequence: &u64| PartOutcome {
             id: BatchId([0; 16]),

@@ -6,8 +6,9 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    batch::{Part, Placement, RowKey},
+    batch::{Placement, RowKey},
     ids::{BatchId, ContentHash, Epoch, GroupId, Number, ShardId, Stamp},
+    wire::EncodedPart,
 };
 
 /// From a coordinator's leader to one shard. Becomes a part of one entry of the shard's log, so all of it is applied or none; it
@@ -55,7 +56,7 @@ pub struct Prepare {
     /// Set if this shard is the only participant: it may commit the batch at once, at this stamp, on its own word.
     pub sole: Option<Stamp>,
     /// The operations of this shard.
-    pub operations: Part,
+    pub part: EncodedPart,
 }
 
 /// Tells a decision.

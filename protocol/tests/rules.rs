@@ -14,6 +14,7 @@ use verdict_protocol::{
     roster::{self, NodeChange, NodeRefusal, NodeWish},
     shard::{Shard, ShardConfig, ShardEntry},
     store::{MemoryStore, Store},
+    wire::EncodedPart,
 };
 use world::{Packet, START, World};
 
@@ -29,6 +30,10 @@ fn row() -> RowKey {
     RowKey::new("a", "USD").unwrap()
 }
 
+fn part(operation: &Operation) -> EncodedPart {
+    EncodedPart::new([(0, operation)])
+}
+
 fn prepare(letter: u8, number: Number, delta: i128) -> Prepare {
     let kind = OperationKind::Add { delta, floor: None, ceiling: None };
     Prepare {
@@ -38,7 +43,7 @@ fn prepare(letter: u8, number: Number, delta: i128) -> Prepare {
         shards: vec![ShardId(1)],
         gives_up: Vec::new(),
         sole: None,
-        operations: vec![(0, Operation { row: row(), kind })],
+        part: part(&Operation { row: row(), kind }),
     }
 }
 
@@ -155,7 +160,8 @@ fn batches_of_two_coordinators_never_wait_for_each_other() {
     say(&mut world, ToShard { coordinator: other, epoch: Epoch(1), greet: true, ..ToShard::default() });
     let put = |letter: u8, coordinator| {
         let mut prepare = prepare(letter, number(1, u64::from(letter)), 0);
-        prepare.operations[0].1.kind = OperationKind::Put(bytes::Bytes::from_static(b"x"));
+        prepare.part =
+            part(&Operation { row: row(), kind: OperationKind::Put(bytes::Bytes::from_static(b"x")) });
         ToShard { coordinator, epoch: Epoch(1), prepares: vec![prepare], ..ToShard::default() }
     };
     assert_eq!(say(&mut world, put(1, GroupId(0))).0.votes[0].kind, VoteKind::Yes);
@@ -359,7 +365,8 @@ fn a_part_that_was_let_in_is_held_after_a_restart() {
     let mut world = greeted(1);
     let put = |letter: u8, sequence| {
         let mut prepare = prepare(letter, number(1, sequence), 0);
-        prepare.operations[0].1.kind = OperationKind::Put(bytes::Bytes::from(vec![letter]));
+        prepare.part =
+            part(&Operation { row: row(), kind: OperationKind::Put(bytes::Bytes::from(vec![letter])) });
         prepare
     };
     for (letter, vote) in [(7, VoteKind::Yes), (8, VoteKind::Waiting), (9, VoteKind::Waiting)] {
@@ -412,14 +419,15 @@ fn a_day_in_doubt_takes_nothing_away() {
     let mut world = greeted(1);
     assert_eq!(only_vote(&mut world, 1, prepare(7, number(1, 1), 5)), VoteKind::Yes);
     let mut put = prepare(8, number(1, 2), 0);
-    put.operations[0].1.kind = OperationKind::Put(bytes::Bytes::from_static(b"x"));
+    put.part = part(&Operation { row: row(), kind: OperationKind::Put(bytes::Bytes::from_static(b"x")) });
     assert_eq!(only_vote(&mut world, 1, put), VoteKind::Waiting);
     for hour in 0..25 {
         world.now = Millis(world.now.0 + 3_600_000);
         // Other work goes on, and so does the shard's clock.
         let other = number(1, 10 + hour);
         let mut elsewhere = prepare(9, other, 1);
-        elsewhere.operations[0].1.row = RowKey::new("b", "USD").unwrap();
+        let kind = OperationKind::Add { delta: 1, floor: None, ceiling: None };
+        elsewhere.part = part(&Operation { row: RowKey::new("b", "USD").unwrap(), kind });
         assert_eq!(only_vote(&mut world, 1, elsewhere), VoteKind::Yes);
         end(&mut world, outcome(9, other, None));
         restart_all(&mut world);
@@ -808,7 +816,8 @@ fn a_copy_of_what_was_refused_commits_nothing() {
     let mut world = greeted(1);
     let put = |prepare: Prepare| {
         let mut prepare = prepare;
-        prepare.operations[0].1.kind = OperationKind::Put(bytes::Bytes::from_static(b"x"));
+        prepare.part =
+            part(&Operation { row: row(), kind: OperationKind::Put(bytes::Bytes::from_static(b"x")) });
         prepare
     };
     assert_eq!(only_vote(&mut world, 1, put(prepare(8, number(1, 2), 0))), VoteKind::Yes);

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use verdict_protocol::{
-    batch::Batch,
+    batch::{Batch, Placement},
     ids::{BatchId, ContentHash, NodeId, Stamp},
     leader::{Refusal, Reply},
 };
@@ -51,7 +51,7 @@ impl Record {
     /// The submitted batch.
     pub fn submitted(&self) -> Option<(&Rc<Batch>, ContentHash)> {
         match &self.question {
-            Question::Submit { batch, hash } => Some((batch, *hash)),
+            Question::Submit { batch, split } => Some((batch, split.hash)),
             Question::Query { .. } | Question::Read { .. } | Question::History { .. } => None,
         }
     }
@@ -194,8 +194,8 @@ fn question(what: Act, cx: &Context) -> Question {
     match what {
         Act::Submit(contents) => {
             let batch = Rc::new(contents.batch(cx.plan.settings.timeout_ms));
-            let hash = batch.hash();
-            Question::Submit { batch, hash }
+            let split = Rc::new(batch.split(Placement { shards: cx.plan.shards() }));
+            Question::Submit { batch, split }
         }
         Act::Query { id, made_ms, wait, seal } => Question::Query { id: batch_id(id, made_ms), wait, seal },
         Act::Read { rows } => Question::Read { rows: rows.iter().map(|row| row_key(row)).collect() },

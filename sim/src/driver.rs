@@ -330,8 +330,8 @@ impl Reign {
         let token = Token(self.last_token);
         self.callers.insert(token.0, caller);
         match question {
-            Question::Submit { batch, hash } => {
-                self.step(Event::Submit { token, batch: (*batch).clone(), hash }, round)
+            Question::Submit { split, .. } => {
+                self.step(Event::Submit { token, batch: (*split).clone() }, round)
             }
             Question::Query { id, wait, seal } => {
                 self.to_query.push(Event::Query { token, id, wait, abort_if_not_seen: seal });

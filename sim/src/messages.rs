@@ -3,8 +3,8 @@
 use std::{fmt, rc::Rc};
 
 use verdict_protocol::{
-    batch::{Batch, RowKey},
-    ids::{BatchId, ContentHash, Epoch, GroupId, NodeId, ShardId, Stamp},
+    batch::{Batch, RowKey, SplitBatch},
+    ids::{BatchId, Epoch, GroupId, NodeId, ShardId, Stamp},
     leader::Reply,
     messages::{FromShard, ShardRead, ShardReadAnswer, ToShard},
 };
@@ -45,8 +45,8 @@ pub enum Question {
     Submit {
         /// The batch.
         batch: Rc<Batch>,
-        /// The hash of its contents.
-        hash: ContentHash,
+        /// The same, as it is settled.
+        split: Rc<SplitBatch>,
     },
     /// Tell an outcome.
     Query {

@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures::{Stream, StreamExt as _, stream};
 use tonic::{
-    Code, Status,
+    Code, Status, Streaming,
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt as _;
@@ -103,12 +104,22 @@ pub fn batch(operations: Vec<v1::Operation>) -> v1::Batch {
     v1::Batch { id: new_id(), timeout_ms: 0, operations, zero_sum: false }
 }
 
+/// The answers of a stream, one by one.
+pub fn answers(
+    stream: Streaming<v1::SubmitStreamResponse>,
+) -> impl Stream<Item = Result<v1::SubmitAnswer, Status>> + Unpin {
+    stream.flat_map(|message| match message {
+        Ok(message) => stream::iter(message.answers.into_iter().map(Ok).collect::<Vec<_>>()),
+        Err(status) => stream::iter(vec![Err(status)]),
+    })
+}
+
 /// Submits once.
 pub async fn submit(
     client: &mut SettlementClient<Channel>,
     batch: &v1::Batch,
 ) -> Result<outcome::Result, Status> {
-    let request = v1::SubmitRequest { batch: Some(batch.clone()) };
+    let request = v1::SubmitRequest::of(batch);
     let outcome = client.submit(request).await?.into_inner().outcome.expect("an answer has an outcome");
     assert_eq!(outcome.batch_id, batch.id, "the answer is about another batch");
     Ok(outcome.result.expect("an outcome has a result"))

@@ -19,12 +19,13 @@ use tonic::{
 use tonic_types::StatusExt as _;
 use verdict_proto::v1::{
     self, AbortReason, require::Condition, settlement_client::SettlementClient,
-    submit_stream_response::Result as StreamResult,
+    submit_answer::Result as StreamResult,
 };
 use verdict_tests::{
     api::{
-        add, add_within, assert_aborted, balance, batch, commit, delete, field_of, get_batch, history, id_at,
-        insert, kind_of, new_id, partition_on, put, read, require, row, settle, stamp_of, submit,
+        add, add_within, answers, assert_aborted, balance, batch, commit, delete, field_of, get_batch,
+        history, id_at, insert, kind_of, new_id, partition_on, put, read, require, row, settle, stamp_of,
+        submit,
     },
     cluster::{Cluster, Settings},
     random::Random,
@@ -52,9 +53,9 @@ async fn state(cluster: &Cluster) -> (usize, Vec<v1::RowValue>) {
 async fn refusal(client: &SettlementClient<Channel>, batch: &v1::Batch) -> Status {
     let status = submit(&mut client.clone(), batch).await.expect_err("a bad batch was taken");
     let good = self::batch(vec![require(&bystander(), Condition::Exists(false))]);
-    let requests = [batch, &good].map(|batch| v1::SubmitStreamRequest { batch: Some(batch.clone()) });
+    let requests = [batch, &good].map(|batch| v1::SubmitStreamRequest::of([batch]));
     let answers = client.clone().submit_stream(tokio_stream::iter(requests)).await.expect("a stream");
-    let answers: Vec<_> = answers.into_inner().collect().await;
+    let answers: Vec<_> = self::answers(answers.into_inner()).collect().await;
     let mut refused = false;
     for answer in &answers {
         match answer.as_ref().expect("the stream goes on").result.as_ref().expect("a result") {
@@ -200,7 +201,7 @@ async fn bad_batches_are_refused_by_field_and_nothing_changes() {
         assert!(status.message().contains(field) && status.message().contains(piece), "{said}");
         assert!(status.message().len() < 600, "too long a message: {said}");
     }
-    let missing = cluster.settlement(2).submit(v1::SubmitRequest { batch: None }).await;
+    let missing = cluster.settlement(2).submit(v1::SubmitRequest::default()).await;
     assert_eq!(field_of(&missing.expect_err("there is no batch")).as_deref(), Some("batch"));
     // The good batch on each stream is the only one that was decided. Its shard committed it, and that is recorded a moment later.
     let expected = (before.0 + cases.len(), before.1);

@@ -6,12 +6,12 @@ use futures::future::join_all;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, transport::Channel};
 use verdict_proto::v1::{
-    self, outcome, settlement_client::SettlementClient, submit_stream_response::Result as StreamResult,
+    self, outcome, settlement_client::SettlementClient, submit_answer::Result as StreamResult,
 };
 use verdict_tests::{
     api::{
-        add, balance_of, batch, get_batch, history, may_be_tried_again, new_id, partition_on, read, row,
-        settle, settle_at, settlement_at, stamp_of, submit,
+        add, answers, balance_of, batch, get_batch, history, may_be_tried_again, new_id, partition_on, read,
+        row, settle, settle_at, settlement_at, stamp_of, submit,
     },
     cluster::{Cluster, Settings},
     proxy::Proxy,
@@ -129,10 +129,10 @@ async fn by_stream(addresses: Vec<String>, batch: v1::Batch, mut random: Random)
     let began = Instant::now();
     while began.elapsed() < PATIENCE {
         let mut client = settlement_at(random.pick::<String>(&addresses));
-        let request = v1::SubmitStreamRequest { batch: Some(batch.clone()) };
+        let request = v1::SubmitStreamRequest::of([&batch]);
         let requests = tokio_stream::iter(vec![request.clone(), request]);
         if let Ok(response) = client.submit_stream(requests).await {
-            let mut answers = response.into_inner();
+            let mut answers = answers(response.into_inner());
             let mut first = None;
             while let Some(Ok(answer)) = answers.next().await {
                 assert_eq!(answer.batch_id, batch.id, "an answer about a batch that was not sent");
@@ -231,7 +231,7 @@ async fn a_retry_behind_a_try_that_was_proposed_never_hears_that_nothing_was_pro
     // A client with a time limit of its own that tries again under the same id, as the contract tells it to.
     for node in 1..=3 {
         for round in 0..3 {
-            let mut request = tonic::Request::new(v1::SubmitRequest { batch: Some(slow.clone()) });
+            let mut request = tonic::Request::new(v1::SubmitRequest::of(&slow));
             request.set_timeout(Duration::from_millis(700));
             match cluster.settlement(node).submit(request).await {
                 Ok(answer) => {
@@ -277,9 +277,9 @@ async fn assert_refused(cluster: &Cluster, node: u64, others: &[v1::Batch]) {
         let status = unary.await.0;
         assert_eq!(status.code(), Code::AlreadyExists, "{status}");
         assert!(status.message().contains(&other.id), "which id? {status}");
-        let requests = tokio_stream::iter([v1::SubmitStreamRequest { batch: Some(other.clone()) }]);
+        let requests = tokio_stream::iter([v1::SubmitStreamRequest::of([other])]);
         let answers = cluster.settlement(node).submit_stream(requests).await.expect("a stream");
-        let answer = answers.into_inner().next().await.expect("an answer").expect("an answer");
+        let answer = self::answers(answers.into_inner()).next().await.expect("an answer").expect("an answer");
         let Some(StreamResult::Error(error)) = answer.result else { panic!("{answer:?}") };
         assert_eq!((answer.batch_id, error.code), (other.id.clone(), Code::AlreadyExists as i32));
     }

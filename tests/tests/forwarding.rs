@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
-use verdict_proto::v1::{self, outcome, submit_stream_response::Result as StreamResult};
+use verdict_proto::v1::{self, outcome, submit_answer::Result as StreamResult};
 use verdict_tests::{
-    api::{add, balance, batch, commit, get_batch, history, kind_of, read, row, settle, stamp_of},
+    api::{add, answers, balance, batch, commit, get_batch, history, kind_of, read, row, settle, stamp_of},
     cluster::{Cluster, Settings, leader_in, replicas_of},
     wait::eventually,
 };
@@ -21,9 +21,9 @@ async fn every_call(cluster: &Cluster, node: u64, tag: &str) {
     let stamp = stamp_of(&outcome);
 
     let (good, poor) = (batch(vec![add(&rows[0], 1)]), batch(vec![add(&rows[0], -100)]));
-    let requests = [&good, &poor].map(|batch| v1::SubmitStreamRequest { batch: Some(batch.clone()) });
+    let requests = [&good, &poor].map(|batch| v1::SubmitStreamRequest::of([batch]));
     let answers = client.submit_stream(tokio_stream::iter(requests)).await.expect("a stream").into_inner();
-    let answers: Vec<_> = answers.map(|answer| answer.expect("an answer")).collect().await;
+    let answers: Vec<_> = self::answers(answers).map(|answer| answer.expect("an answer")).collect().await;
     assert_eq!(answers.len(), 2, "node {node}: {answers:?}");
     for answer in answers {
         let Some(StreamResult::Outcome(v1::Outcome { result: Some(result), .. })) = answer.result else {
@@ -127,7 +127,7 @@ async fn submit_within(
     limit: Duration,
 ) -> Result<outcome::Result, tonic::Status> {
     let answer = within(limit, async |limit| {
-        let mut request = Request::new(v1::SubmitRequest { batch: Some(batch.clone()) });
+        let mut request = Request::new(v1::SubmitRequest::of(&batch));
         request.set_timeout(limit);
         cluster.settlement(1).submit(request).await
     });

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
-use verdict_proto::v1::{self, outcome, submit_stream_response::Result as StreamResult};
+use verdict_proto::v1::{self, outcome, submit_answer::Result as StreamResult};
 use verdict_tests::{
-    api::{add, batch, commit, kind_of, read, row},
+    api::{add, answers, batch, commit, kind_of, read, row},
     cluster::Cluster,
     ledger::Ledger,
     random::Random,
@@ -21,10 +21,10 @@ async fn a_node_that_is_asked_to_end_ends_within_seconds_though_streams_are_open
     let mut streams = Vec::new();
     for node in cluster.nodes() {
         let (sender, requests) = tokio::sync::mpsc::channel(4);
-        let one = v1::SubmitStreamRequest { batch: Some(batch(vec![add(&account, 1)])) };
+        let one = v1::SubmitStreamRequest::of([&batch(vec![add(&account, 1)])]);
         sender.send(one).await.expect("there is room");
         let opened = cluster.settlement(node).submit_stream(ReceiverStream::new(requests)).await;
-        let mut answers = opened.expect("a stream").into_inner();
+        let mut answers = answers(opened.expect("a stream").into_inner());
         let answer = answers.next().await.expect("an answer").expect("an answer").result;
         let Some(StreamResult::Outcome(v1::Outcome { result: Some(outcome::Result::Committed(_)), .. })) =
             answer

@@ -93,7 +93,7 @@ async fn in_doubt_on_shard_1(cluster: &mut Cluster, rows: &[v1::Row; 2]) -> v1::
     let mut stuck = batch(vec![add(&rows[0], 1), add(&rows[1], 2)]);
     stuck.timeout_ms = 60_000;
     let (mut client, sent) = (cluster.settlement(2), stuck.clone());
-    tokio::spawn(async move { client.submit(v1::SubmitRequest { batch: Some(sent) }).await });
+    tokio::spawn(async move { client.submit(v1::SubmitRequest::of(&sent)).await });
     eventually("the part is in doubt", Duration::from_secs(30), || async {
         let parts = cluster.admin(1).list_in_doubt(v1::ListInDoubtRequest { limit: 0 }).await;
         let parts = parts.map_err(|status| status.to_string())?.into_inner().parts;
@@ -220,7 +220,7 @@ async fn a_client_that_hangs_up_changes_nothing() {
         let ask = v1::GetBatchRequest { batch_id: transfer.id.clone(), ..Default::default() };
         client.get_batch(ask).await.expect("an answer");
         let patience = Duration::from_micros(300 + random.below(6000));
-        let request = v1::SubmitRequest { batch: Some(transfer.clone()) };
+        let request = v1::SubmitRequest::of(&transfer);
         let answered = tokio::time::timeout(patience, client.submit(request)).await.is_ok();
         // The call is cancelled, and the connection ends with its only client.
         drop(client);

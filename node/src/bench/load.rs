@@ -46,6 +46,8 @@ const AGAIN_TICK: Duration = Duration::from_millis(5);
 const CLIENTS_PER_CONNECTION: usize = 64;
 /// In an open loop the streams are looked at so often.
 const PACE: Duration = Duration::from_micros(250);
+/// Orders that share a message.
+const ORDERS_PER_MESSAGE: usize = 256;
 /// Trades of one stream that may wait for their answers in an open loop; more are turned away.
 const OPEN_MAX: usize = 1 << 20;
 
@@ -351,8 +353,10 @@ impl Lane {
             patience.await;
         };
         let reading = async {
-            while let Some(answer) = answers.next().await {
-                self.take(answer.map_err(|status| anyhow::anyhow!("the stream broke: {status}"))?);
+            while let Some(answers) = answers.next().await {
+                let answers = answers.map_err(|status| anyhow::anyhow!("the stream broke: {status}"))?;
+                answers.into_iter().for_each(|answer| self.take(answer));
+                self.wake();
             }
             anyhow::Ok(())
         };
@@ -385,12 +389,8 @@ impl Lane {
         }
         let mut state = self.lock();
         let Some((trade, intended, end)) = state.take(id, said, now) else { return };
-        let waker = state.waker.take();
         drop(state);
         self.tally.ended(&trade, intended, now, end);
-        if let Some(waker) = waker {
-            waker.wake();
-        }
     }
 
     /// No new trades.
@@ -503,21 +503,29 @@ impl State {
     }
 }
 
-/// The orders of a lane, as the connection asks for them.
+/// The orders of a lane, as the connection asks for them: all that are to be sent now share a message.
 struct Outgoing {
     lane: Arc<Lane>,
 }
 
 impl Stream for Outgoing {
-    type Item = Order;
+    type Item = Vec<Order>;
 
-    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Order>> {
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Vec<Order>>> {
         let mut state = self.lane.lock();
-        let next = state.next(&self.lane.tally, Instant::now);
-        if next.is_pending() {
-            state.waker = Some(context.waker().clone());
+        let mut orders = Vec::new();
+        while orders.len() < ORDERS_PER_MESSAGE {
+            match state.next(&self.lane.tally, Instant::now) {
+                Poll::Ready(Some(order)) => orders.push(order),
+                Poll::Ready(None) if orders.is_empty() => return Poll::Ready(None),
+                Poll::Pending if orders.is_empty() => {
+                    state.waker = Some(context.waker().clone());
+                    return Poll::Pending;
+                }
+                Poll::Ready(None) | Poll::Pending => break,
+            }
         }
-        next
+        Poll::Ready(Some(orders))
     }
 }
 

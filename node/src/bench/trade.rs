@@ -376,7 +376,7 @@ impl Order {
         }
     }
 
-    /// Writes a `SubmitRequest` (or `SubmitStreamRequest`, which looks the same on the wire) with its batch.
+    /// Writes a `SubmitRequest` with its batch. One of a `SubmitStreamRequest` looks the same on the wire.
     pub fn write(&self, out: &mut Vec<u8>) {
         message(out, 1, |out| {
             message(out, 1, |out| {
@@ -492,7 +492,7 @@ fn text(write: impl FnOnce(&mut Vec<u8>)) -> String {
 mod tests {
     use prost::Message as _;
     use verdict_proto::v1::{Add, SubmitRequest, SubmitStreamRequest, operation::Kind};
-    use verdict_protocol::batch::BatchLimits;
+    use verdict_protocol::batch::{self as protocol, BatchLimits};
 
     use super::*;
 
@@ -518,11 +518,11 @@ mod tests {
                 for order in maker.make(sequence).orders(form, people.placement) {
                     let mut bytes = Vec::new();
                     order.write(&mut bytes);
-                    let request = SubmitRequest { batch: Some(order.batch()) };
+                    let request = SubmitRequest::of(&order.batch());
                     assert_eq!(SubmitRequest::decode(&*bytes).unwrap(), request);
-                    let same = SubmitStreamRequest { batch: Some(order.batch()) };
+                    let same = SubmitStreamRequest::of([&order.batch()]);
                     assert_eq!(bytes, same.encode_to_vec(), "not the shortest form");
-                    let batch = verdict_proto::convert::batch_from_wire(order.batch()).unwrap();
+                    let batch = protocol::Batch::from_wire(&request.batch, 1000).unwrap();
                     batch.check(&BatchLimits::default(), people.placement).unwrap();
                     assert_eq!(sequence_of(order.id), sequence);
                     let again = order.trade.order(order.id, form, people.placement).unwrap();

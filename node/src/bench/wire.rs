@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use prost::Message as _;
+use prost::{
+    Message as _,
+    encoding::{DecodeContext, decode_key, decode_varint, skip_field},
+};
 use tonic::{
     Code, Request, Status, Streaming,
     client::Grpc,
@@ -13,9 +16,7 @@ use tonic::{
 };
 use tonic_types::StatusExt as _;
 use uuid::Uuid;
-use verdict_proto::v1::{
-    CallError, Outcome, SubmitResponse, SubmitStreamResponse, outcome, submit_stream_response,
-};
+use verdict_proto::v1::{CallError, Outcome, SubmitAnswer, SubmitResponse, outcome, submit_answer};
 
 use super::trade::Order;
 
@@ -56,17 +57,17 @@ pub async fn submit(grpc: &mut Grpc<Channel>, order: Order) -> Said {
     if let Err(error) = grpc.ready().await {
         return Said::Other(format!("no connection: {error}"));
     }
-    match grpc.unary(Request::new(order), SUBMIT, Wire(of_unary)).await {
+    match grpc.unary(Request::new(vec![order]), SUBMIT, Wire(of_unary)).await {
         Ok(response) => response.into_inner(),
         Err(status) => said_by_status(&status),
     }
 }
 
-/// Opens a stream.
+/// Opens a stream. Orders that are ready at the same time share a message, and so do answers.
 pub async fn submit_stream(
     grpc: &mut Grpc<Channel>,
-    orders: impl futures::Stream<Item = Order> + Send + 'static,
-) -> Result<Streaming<Answer>, Status> {
+    orders: impl futures::Stream<Item = Vec<Order>> + Send + 'static,
+) -> Result<Streaming<Vec<Answer>>, Status> {
     grpc.ready().await.map_err(|error| Status::unavailable(format!("no connection: {error}")))?;
     Ok(grpc.streaming(Request::new(orders), SUBMIT_STREAM, Wire(of_stream)).await?.into_inner())
 }
@@ -83,7 +84,7 @@ struct Writer {
 struct Reader<A>(Read<A>);
 
 impl<A: Send + 'static> Codec for Wire<A> {
-    type Encode = Order;
+    type Encode = Vec<Order>;
     type Decode = A;
     type Encoder = Writer;
     type Decoder = Reader<A>;
@@ -98,12 +99,12 @@ impl<A: Send + 'static> Codec for Wire<A> {
 }
 
 impl Encoder for Writer {
-    type Item = Order;
+    type Item = Vec<Order>;
     type Error = Status;
 
-    fn encode(&mut self, order: Order, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
+    fn encode(&mut self, orders: Vec<Order>, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
         self.bytes.clear();
-        order.write(&mut self.bytes);
+        orders.iter().for_each(|order| order.write(&mut self.bytes));
         out.put_slice(&self.bytes);
         Ok(())
     }
@@ -128,16 +129,33 @@ fn of_unary(bytes: &[u8]) -> Result<Said, prost::DecodeError> {
     Ok(outcome.map_or_else(|| Said::Other("no outcome".into()), said_in))
 }
 
-fn of_stream(bytes: &[u8]) -> Result<Answer, prost::DecodeError> {
+fn of_stream(mut bytes: &[u8]) -> Result<Vec<Answer>, prost::DecodeError> {
+    let mut answers = Vec::new();
+    while !bytes.is_empty() {
+        let (field, wire) = decode_key(&mut bytes)?;
+        if field != 1 {
+            skip_field(wire, field, &mut bytes, DecodeContext::default())?;
+            continue;
+        }
+        let length = usize::try_from(decode_varint(&mut bytes)?).unwrap_or(usize::MAX);
+        // One that is cut is told by whoever decodes it as a whole.
+        let (answer, rest) = bytes.split_at(length.min(bytes.len()));
+        answers.push(of_answer(answer)?);
+        bytes = rest;
+    }
+    Ok(answers)
+}
+
+fn of_answer(bytes: &[u8]) -> Result<Answer, prost::DecodeError> {
     // The batch's id comes first, then the outcome, with the id again.
     let outcome_at = 2 + usize::from(ID_BYTES);
     if let Some(id) = committed_id(bytes, outcome_at) {
         return Ok(Answer { id: Uuid::try_parse_ascii(id).ok(), said: Said::Committed });
     }
-    let answer = SubmitStreamResponse::decode(bytes)?;
+    let answer = SubmitAnswer::decode(bytes)?;
     let said = match answer.result {
-        Some(submit_stream_response::Result::Outcome(outcome)) => said_in(outcome),
-        Some(submit_stream_response::Result::Error(CallError { code, retry_after_ms, .. })) => {
+        Some(submit_answer::Result::Outcome(outcome)) => said_in(outcome),
+        Some(submit_answer::Result::Error(CallError { code, retry_after_ms, .. })) => {
             let retry_after = Duration::from_millis(u64::from(retry_after_ms));
             said_by_code(Code::from_i32(code), Some(retry_after).filter(|after| !after.is_zero()))
         }
@@ -186,7 +204,7 @@ fn said_by_code(code: Code, retry_after: Option<Duration>) -> Said {
 #[cfg(test)]
 mod tests {
     use tonic_types::ErrorDetails;
-    use verdict_proto::v1::{AbortReason, Aborted, Committed, Undecided};
+    use verdict_proto::v1::{AbortReason, Aborted, Committed, SubmitStreamResponse, Undecided};
 
     use super::*;
 
@@ -200,15 +218,18 @@ mod tests {
         outcome(Some(outcome::Result::Committed(Committed { stamp })))
     }
 
-    fn in_stream(result: submit_stream_response::Result) -> Answer {
-        let answer = SubmitStreamResponse { batch_id: ID.into(), result: Some(result) };
-        of_stream(&answer.encode_to_vec()).unwrap()
+    fn in_stream(result: submit_answer::Result) -> Answer {
+        let answer = SubmitAnswer { batch_id: ID.into(), result: Some(result) };
+        let message = SubmitStreamResponse { answers: vec![answer.clone(), answer] };
+        let [one, other] = of_stream(&message.encode_to_vec()).unwrap().try_into().unwrap();
+        assert_eq!(one, other);
+        one
     }
 
     #[test]
     fn the_short_way_says_what_the_long_way_says() {
         for stamp in [0, 1, 300, u64::MAX] {
-            let answer = in_stream(submit_stream_response::Result::Outcome(committed(stamp)));
+            let answer = in_stream(submit_answer::Result::Outcome(committed(stamp)));
             assert_eq!(answer, Answer { id: ID.parse().ok(), said: Said::Committed });
             let unary = SubmitResponse { outcome: Some(committed(stamp)) };
             assert_eq!(of_unary(&unary.encode_to_vec()).unwrap(), Said::Committed);
@@ -230,7 +251,7 @@ mod tests {
         for (outcome, expected) in others {
             let unary = SubmitResponse { outcome: Some(outcome.clone()) };
             assert_eq!(of_unary(&unary.encode_to_vec()).unwrap(), Said::Other(expected.into()));
-            let answer = in_stream(submit_stream_response::Result::Outcome(outcome));
+            let answer = in_stream(submit_answer::Result::Outcome(outcome));
             assert_eq!(answer, Answer { id: ID.parse().ok(), said: Said::Other(expected.into()) });
         }
         assert!(of_stream(&[0xff; 3]).is_err());
@@ -241,7 +262,7 @@ mod tests {
         for (retry_after_ms, expected) in [(200, Duration::from_millis(200)), (0, RETRY_DEFAULT)] {
             let code = Code::ResourceExhausted as i32;
             let refused = CallError { code, retry_after_ms, ..CallError::default() };
-            let said = in_stream(submit_stream_response::Result::Error(refused)).said;
+            let said = in_stream(submit_answer::Result::Error(refused)).said;
             assert_eq!(said, Said::Refused { retry_after: expected });
         }
         let hint = Duration::from_millis(200);

@@ -7,8 +7,10 @@ use verdict_protocol::{
 };
 
 use super::{
+    amount,
     batch::row_to_wire,
-    fields::{Field, FieldError, amount, batch_id, batch_id_bytes, id_to_wire, inside, required},
+    batch_id,
+    fields::{Field, FieldError, batch_id_bytes, id_to_wire, inside, required},
 };
 use crate::v1::{self, history_entry::Change, outcome, value::Kind};
 

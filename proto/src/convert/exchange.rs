@@ -14,6 +14,7 @@ use verdict_protocol::{
         Abort, AbortReason, Done, FromShard, Greeting, HeldPart, PartOutcome, Prepare, RowAt, ShardQuery,
         ShardRead, ShardReadAnswer, ToShard, Vote, VoteKind,
     },
+    wire::EncodedPart,
 };
 
 use super::{
@@ -21,7 +22,7 @@ use super::{
         abort_from_wire, abort_to_wire, part_change_from_wire, part_change_to_wire, value_from_wire,
         value_to_wire,
     },
-    batch::{operation_from_wire, operation_to_wire, row_from_wire, row_to_wire},
+    batch::{row_from_wire, row_to_wire},
     fields::{Field, FieldError, batch_id_bytes, content_hash, id_to_wire, inside, required},
 };
 use crate::v1;
@@ -156,27 +157,19 @@ fn shards_from_wire(shards: Vec<u32>) -> Vec<ShardId> {
 }
 
 fn prepare_to_wire(prepare: &Prepare) -> v1::Prepare {
-    let operation = |(index, operation): &(u32, _)| v1::PartOperation {
-        index: *index,
-        operation: Some(operation_to_wire(operation)),
-    };
     v1::Prepare {
         number: Some(number_to_wire(prepare.number)),
         batch_id: id_to_wire(prepare.id),
         hash: bytes::Bytes::copy_from_slice(&prepare.hash.0),
         shards: shards_to_wire(&prepare.shards),
         gives_up: prepare.gives_up.iter().copied().map(number_to_wire).collect(),
-        operations: prepare.operations.iter().map(operation).collect(),
+        part: prepare.part.bytes().clone(),
         sole: prepare.sole.unwrap_or_default().0,
     }
 }
 
+/// The part is not looked into.
 fn prepare_from_wire(prepare: v1::Prepare) -> Field<Prepare> {
-    let operation = |part: v1::PartOperation| {
-        let operation =
-            operation_from_wire(required("operation", part.operation)?).map_err(inside("operation"))?;
-        Ok((part.index, operation))
-    };
     Ok(Prepare {
         number: number_in(prepare.number)?,
         id: batch_id_bytes("batch_id", &prepare.batch_id)?,
@@ -184,7 +177,7 @@ fn prepare_from_wire(prepare: v1::Prepare) -> Field<Prepare> {
         shards: shards_from_wire(prepare.shards),
         gives_up: list("gives_up", prepare.gives_up, number_from_wire)?,
         sole: (prepare.sole != 0).then_some(Stamp(prepare.sole)),
-        operations: list("operations", prepare.operations, operation)?,
+        part: EncodedPart::from_wire(prepare.part),
     })
 }
 
@@ -547,7 +540,7 @@ mod tests {
                 shards,
                 gives_up,
                 sole,
-                operations,
+                part: EncodedPart::new(operations.iter().map(|(place, operation)| (*place, operation))),
             })
     }
 
@@ -729,7 +722,7 @@ mod tests {
             shards: vec![ShardId(1)],
             gives_up: vec![],
             sole: Some(Stamp(sequence)),
-            operations: vec![(0, Operation { row: row.clone(), kind: kind.clone() })],
+            part: EncodedPart::new([(0, &Operation { row: row.clone(), kind: kind.clone() })]),
         };
         let mark = Number { epoch: Epoch(1), sequence: 1 };
         let message =
@@ -765,7 +758,7 @@ mod tests {
             shards: vec![],
             gives_up: vec![],
             sole: None,
-            operations: vec![],
+            part: EncodedPart::default(),
         });
         let with = |prepares| v1::CoordinatorMessage { prepares, ..Default::default() };
         let short = v1::Prepare { batch_id: Bytes::from_static(b"123"), ..prepare.clone() };
@@ -773,18 +766,8 @@ mod tests {
             refused(with(vec![prepare.clone(), short])),
             "prepares[1].batch_id: is 3 bytes long, not 16"
         );
-        let no_number = v1::Prepare { number: None, ..prepare.clone() };
+        let no_number = v1::Prepare { number: None, ..prepare };
         assert_eq!(refused(with(vec![no_number])), "prepares[0].number: is missing");
-        let part = v1::PartOperation {
-            index: 0,
-            operation: Some(v1::Operation {
-                row: Some(v1::Row { partition: "a".into(), name: "x".into() }),
-                kind: Some(v1::operation::Kind::Add(v1::Add { delta: "ten".into(), ..Default::default() })),
-            }),
-        };
-        let wrong = v1::Prepare { operations: vec![part], ..prepare };
-        let told = refused(with(vec![wrong]));
-        assert!(told.starts_with("prepares[0].operations[0].operation.add.delta: is \"ten\""), "{told}");
         let last = Some(v1::Number { epoch: 1, sequence: u64::MAX });
         assert_eq!(
             refused(v1::CoordinatorMessage { mark: last, ..Default::default() }),

@@ -15,17 +15,18 @@ mod answer;
 mod batch;
 mod exchange;
 mod fields;
+mod forward;
 
 pub use answer::{
     abort_from_wire, abort_to_wire, history_from_wire, history_to_wire, outcome_to_wire,
     part_change_from_wire, part_change_to_wire, row_value_to_wire, value_from_wire, value_to_wire,
 };
-pub use batch::{
-    batch_from_wire, batch_to_wire, operation_from_wire, operation_to_wire, row_from_wire, row_to_wire,
-};
+pub use batch::{encoded, row_from_wire, row_to_wire};
 pub use exchange::{
     Assembler, EXCHANGE_MESSAGE_BYTES_MAX, ITEMS_PER_MESSAGE_MAX, ShardTold, ToldShard, from_shard_to_wire,
     not_leader_to_wire, number_from_wire, number_to_wire, read_answer_from_wire, read_answer_to_wire,
     read_from_wire, read_to_wire, to_shard_from_wire, to_shard_to_wire,
 };
-pub use fields::{FieldError, amount, batch_id, batch_id_bytes, content_hash};
+pub use fields::{FieldError, batch_id_bytes, content_hash};
+pub use forward::{split_from_wire, split_to_wire};
+pub use verdict_protocol::wire::{amount, batch_id};

@@ -29,7 +29,7 @@ mod recovery;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    batch::{Batch, Part, Placement, RowKey},
+    batch::{Placement, RowKey, SplitBatch},
     coordinator::{Act, Acted, Keep, Opened, STAMP_BLOCK, Window, cancelled_number},
     ids::{BatchId, ContentHash, Epoch, GroupId, Millis, Number, ShardId, Stamp},
     messages::{
@@ -127,14 +127,12 @@ pub enum Event {
         /// The driver's clock.
         now: Millis,
     },
-    /// A caller submits a batch that has passed [`Batch::check`].
+    /// A caller submits a batch that has passed [`Batch::check`](crate::batch::Batch::check).
     Submit {
         /// The caller.
         token: Token,
         /// The batch.
-        batch: Batch,
-        /// Its hash.
-        hash: ContentHash,
+        batch: SplitBatch,
     },
     /// A caller asks for an outcome. The driver has confirmed leadership after the question came (rule R7).
     Query {
@@ -369,7 +367,7 @@ impl Stage {
 /// What is needed to start a batch, and to start it again.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Pending {
-    parts: BTreeMap<ShardId, Part>,
+    batch: SplitBatch,
     deadline: Millis,
 }
 
@@ -541,7 +539,7 @@ impl Leader {
     pub fn step(&mut self, event: Event, decisions: &dyn Decisions, effects: &mut Effects) {
         match event {
             Event::Tick { now } => self.tick(now, effects),
-            Event::Submit { token, batch, hash } => self.submit(token, batch, hash, decisions, effects),
+            Event::Submit { token, batch } => self.submit(token, batch, decisions, effects),
             Event::Query { token, id, wait, abort_if_not_seen } => {
                 self.query(token, id, wait, abort_if_not_seen, decisions, effects);
             }
@@ -631,15 +629,8 @@ impl Leader {
         }
     }
 
-    fn submit(
-        &mut self,
-        token: Token,
-        batch: Batch,
-        hash: ContentHash,
-        decisions: &dyn Decisions,
-        effects: &mut Effects,
-    ) {
-        let id = batch.id;
+    fn submit(&mut self, token: Token, batch: SplitBatch, decisions: &dyn Decisions, effects: &mut Effects) {
+        let (id, hash) = (batch.id, batch.hash);
         let refuse = |effects: &mut Effects, refusal| effects.replies.push((token, Reply::Refused(refusal)));
         let all_greeted = self.all_greeted();
         if let Some(flight) = self.flights.get_mut(&id) {
@@ -674,8 +665,7 @@ impl Leader {
             return refuse(effects, Refusal::FromTheFuture { now: self.now });
         }
         let asked = batch.timeout_ms;
-        let parts = batch.split(self.config.placement);
-        if !self.has_room(id, parts.keys()) {
+        if !self.has_room(id, batch.shards()) {
             return refuse(effects, Refusal::Overloaded);
         }
         let wanted = match asked {
@@ -685,8 +675,8 @@ impl Leader {
         let deadline = Millis(self.now.0 + wanted);
         self.deadlines.insert((deadline, id));
         self.parked.insert(id);
-        let shards = parts.keys().copied().collect();
-        let mut flight = Flight::new(Some(hash), shards, Stage::Parked(Pending { parts, deadline }));
+        let shards = batch.shards().collect();
+        let mut flight = Flight::new(Some(hash), shards, Stage::Parked(Pending { batch, deadline }));
         flight.waiters.push(token);
         self.flights.insert(id, flight);
         self.start_if_greeted(id, effects);
@@ -702,7 +692,7 @@ impl Leader {
     }
 
     /// Whether one more batch may come in (promise G9).
-    fn has_room<'a>(&self, id: BatchId, mut shards: impl Iterator<Item = &'a ShardId>) -> bool {
+    fn has_room(&self, id: BatchId, mut shards: impl Iterator<Item = ShardId>) -> bool {
         let Keep { decisions_max, .. } = self.config.keep;
         // Those that can't be forgotten yet, since they are too young or unfinished, are no reason to refuse before there are many.
         let remembered_max =
@@ -713,7 +703,7 @@ impl Leader {
             && self.remembered < remembered_max
             && !(hidden && self.parked.len() >= silent_max)
             && shards
-                .all(|shard| !self.is_silent(*shard) || self.shards[shard].outstanding.len() < silent_max)
+                .all(|shard| !self.is_silent(shard) || self.shards[&shard].outstanding.len() < silent_max)
     }
 
     /// What one shard that is silent may take up of room for `most`.
@@ -764,8 +754,8 @@ impl Leader {
         self.last_sequence += 1;
         let number = Number { epoch: self.epoch, sequence: self.last_sequence };
         let flight = self.flights.get_mut(&id).expect("a batch that is prepared is in flight");
-        for shard in pending.parts.keys() {
-            let view = self.shards.get_mut(shard).expect("the placement names known shards");
+        for shard in pending.batch.shards() {
+            let view = self.shards.get_mut(&shard).expect("the placement names known shards");
             view.ask(self.now);
             view.outstanding.insert(number, (id, self.now));
         }
@@ -780,15 +770,15 @@ impl Leader {
     fn send_prepare(&self, shard: ShardId, id: BatchId, effects: &mut Effects) {
         let flight = &self.flights[&id];
         let Stage::Preparing { pending, number, alone, late, .. } = &flight.stage else { return };
-        let Some(hash) = flight.hash else { return };
+        let Some(part) = pending.batch.part(shard) else { return };
         effects.to_shards.entry(shard).or_default().prepares.push(Prepare {
             number: *number,
             id,
-            hash,
+            hash: pending.batch.hash,
             shards: flight.shards.clone(),
             gives_up: flight.tries.iter().copied().filter(|tried| tried != number).collect(),
             sole: alone.filter(|_| !late),
-            operations: pending.parts[&shard].clone(),
+            part: part.clone(),
         });
     }
 
@@ -1329,7 +1319,7 @@ impl Leader {
 mod tests {
     use super::*;
     use crate::{
-        batch::{Operation, OperationKind},
+        batch::{Batch, Operation, OperationKind},
         messages::Greeting,
     };
 
@@ -1368,8 +1358,7 @@ mod tests {
         let operation = Operation { row, kind: OperationKind::Delete };
         let id = BatchId::from_parts(now, [1; 10]);
         let batch = Batch { id, timeout_ms: 0, operations: vec![operation], zero_sum: false };
-        let hash = batch.hash();
-        let submit = Event::Submit { token: Token(1), batch, hash };
+        let submit = Event::Submit { token: Token(1), batch: batch.split(Placement { shards: 1 }) };
         leader.step(submit, &Nothing, &mut Effects::default());
         let first = leader.last_sequence;
         let decided_at = |leader: &mut Leader, last_sequence: u64| {

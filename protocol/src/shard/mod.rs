@@ -53,6 +53,7 @@ use crate::{
     },
     point_map::PointMap,
     store::{Store, StoreError},
+    wire::EncodedPart,
 };
 
 const PART_TABLE: u8 = 0x12;
@@ -612,7 +613,7 @@ impl Shard {
             number,
             hash: prepare.hash,
             shards: prepare.shards,
-            operations: prepare.operations,
+            operations: read_part(&prepare.part)?,
             stand: Stand::Waiting,
             since: proposed.now,
         };
@@ -1026,6 +1027,11 @@ fn judge_row(
         Answer::TooLow => Verdict::No(evaluate::too_low(operations, lock.best(balance), balance)),
         Answer::TooHigh => Verdict::No(evaluate::too_high(operations, lock.least(balance), balance)),
     }
+}
+
+/// Whoever hands messages in has looked at each part: here it is too late to refuse one.
+fn read_part(part: &EncodedPart) -> Result<Part, StoreError> {
+    part.decode().map_err(|error| StoreError(format!("decode a part: {error}")))
 }
 
 fn listed(id: BatchId, held: &Held) -> HeldPart {

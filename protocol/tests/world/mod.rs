@@ -391,12 +391,13 @@ impl World {
         let place = self.leaders.len().checked_sub(1)?;
         self.next_token += 1;
         let token = Token(self.next_token);
-        let hash = batch.hash();
+        let split = batch.split(self.config.placement);
+        let hash = split.hash;
         self.submitted.entry((batch.id, hash)).or_insert_with(|| batch.clone());
         let told = self.newest_told();
         self.submitted_after.entry((batch.id, hash)).or_insert(told);
         self.tokens.insert(token, batch.id);
-        self.step(place, Event::Submit { token, batch, hash });
+        self.step(place, Event::Submit { token, batch: split });
         Some(token)
     }
 
