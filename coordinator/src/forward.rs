@@ -1,13 +1,16 @@
 //! The `Forward` service: batches that another node took, for the driver here.
 //!
 //! They were let in and checked there, and made ready for their shards; here nothing of them is decoded.
+//!
+//! Invariant: a stream that is ended with a word of this node has been answered all that was given to the driver. What has no answer was
+//! given to nobody.
 
-use std::{collections::HashMap, pin::Pin, sync::Arc};
+use std::{collections::HashMap, fmt::Display, pin::Pin, sync::Arc};
 
 use futures::Stream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 use verdict_proto::{
     convert::{outcome_to_wire, split_from_wire},
     v1::{self, SubmitAnswer, forward_server, submit_answer::Result as Said},
@@ -120,20 +123,17 @@ impl ForwardStream {
     async fn take(&mut self, message: v1::ForwardRequest) -> Result<(), Status> {
         let placement = self.gateway.config.placement;
         if message.shards != placement.shards {
-            return Err(Status::failed_precondition(format!(
-                "this node is configured for {} shards and the one that forwards batches for {}: correct the configuration of one of them",
+            let message = format!(
+                "the leader is configured for {} shards and this node for {}: correct the configuration of one of them",
                 placement.shards, message.shards
-            )));
+            );
+            return Err(CallFailure::other(Code::FailedPrecondition, "OTHER_PLACEMENT", message).status());
         }
         if message.batches.len() > FORWARD_BATCHES_MAX {
-            return Err(Status::invalid_argument(format!(
-                "{} batches in one message",
-                message.batches.len()
-            )));
+            return Err(malformed(format!("it has {} batches", message.batches.len())));
         }
         let batches = message.batches.into_iter().map(|batch| split_from_wire(batch, placement));
         let batches = batches.collect::<Result<Vec<_>, _>>();
-        let malformed = |error| Status::invalid_argument(format!("a forwarded batch is malformed: {error}"));
         for batch in batches.map_err(malformed)? {
             self.last_tag += 1;
             self.in_flight.insert(self.last_tag, batch.id);
@@ -145,6 +145,11 @@ impl ForwardStream {
         }
         Ok(())
     }
+}
+
+fn malformed(why: impl Display) -> Status {
+    let message = format!("a message with forwarded batches is malformed: {why}");
+    CallFailure::other(Code::InvalidArgument, "MALFORMED", message).status()
 }
 
 /// The answer of the local driver, as it is sent to another node. The second value is true if the stream should end.
@@ -172,7 +177,6 @@ fn forwarded_answer(id: BatchId, answer: Answer) -> (SubmitAnswer, bool) {
 
 #[cfg(test)]
 mod tests {
-    use tonic::Code;
     use verdict_protocol::ids::Millis;
 
     use super::*;

@@ -334,7 +334,7 @@ mod tests {
             count += 1;
         }
         assert!(said.is_empty() && told == all, "each is told once, in order");
-        assert!((19..30).contains(&count), "{count} messages for {} bytes", 100 * 99 * 500);
+        assert!((10..30).contains(&count), "{count} messages for {} bytes", 100 * 99 * 500);
     }
 
     #[tokio::test]

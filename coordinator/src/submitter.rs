@@ -38,7 +38,7 @@ use crate::{
     admission::Entrance,
     caller::Caller,
     driver::{Answer, NotServed, Question, Request},
-    failure::{CallFailure, says_not_leader},
+    failure::{CallFailure, is_answer, says_not_leader},
     leaders::Leaders,
 };
 
@@ -589,9 +589,13 @@ impl Submitter {
     fn forward_ended(&mut self, stream: u64, status: &Status) {
         let Some(forward) = self.forward.take() else { return };
         let said = says_not_leader(status);
-        tracing::debug!(node = %forward.node, %status, "the stream to the coordinators' leader ended");
-        // A node that says so has first answered all that it had given to its core.
-        let maybe_proposed = said.is_none() && forward.queue.is_some();
+        if status.code() == Code::FailedPrecondition && self.failures == 0 {
+            tracing::warn!(node = %forward.node, %status, "the coordinators' leader takes no batches of this node");
+        } else {
+            tracing::debug!(node = %forward.node, %status, "the stream to the coordinators' leader ended");
+        }
+        // A node that ends it by itself has first answered all that it had given to its core.
+        let maybe_proposed = !is_answer(status) && forward.queue.is_some();
         self.lost(Via::Stream(stream), maybe_proposed);
         self.leaders.failed(forward.node, said.flatten());
         self.pause();
@@ -749,9 +753,10 @@ mod tests {
         Undecided,
         Error(Code),
         Empty,
-        /// The stream ends, by a broken connection or by the word that the node doesn't lead.
+        /// The stream ends, by a broken connection, by the word that the node doesn't lead, or that it takes nothing of this one.
         Broken,
         NotLeading,
+        Unwanted,
         /// Another node leads now: the stream is given up.
         GivenUp,
     }
@@ -794,6 +799,10 @@ mod tests {
             End::GivenUp => return submitter.end_forward(),
             End::Broken => ForwardKind::Ended(Status::unavailable("tcp connect error")),
             End::NotLeading => ForwardKind::Ended(CallFailure::not_leader(None).status()),
+            End::Unwanted => {
+                let failure = CallFailure::other(Code::FailedPrecondition, "OTHER_PLACEMENT", "other");
+                ForwardKind::Ended(failure.status())
+            }
             End::Undecided | End::Error(_) | End::Empty => {
                 let result = match end {
                     End::Undecided => Some(Said::Outcome(unknown(id, "lost"))),
@@ -813,7 +822,7 @@ mod tests {
     async fn only_a_try_that_was_given_to_nobody_leaves_room_for_unavailable() {
         let now = Instant::now();
         let given_to_nobody =
-            [End::Driver(NotServed::NotLeader), End::Error(NOT_LEADER_CODE), End::NotLeading];
+            [End::Driver(NotServed::NotLeader), End::Error(NOT_LEADER_CODE), End::NotLeading, End::Unwanted];
         let handed_over =
             [End::Driver(NotServed::Lost), End::Undecided, End::Empty, End::Broken, End::GivenUp];
         for end in given_to_nobody {

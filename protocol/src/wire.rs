@@ -216,6 +216,7 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     /// The number and the value of the next field; none at the end.
+    #[inline]
     fn next(&mut self) -> Result<Option<(u64, Value<'a>)>, Malformed> {
         if self.left.is_empty() {
             return Ok(None);
@@ -237,13 +238,26 @@ impl<'a> Reader<'a> {
         }
     }
 
+    #[inline]
     fn take(&mut self, length: usize) -> Result<&'a [u8], Malformed> {
         let (piece, left) = self.left.split_at_checked(length).ok_or(Malformed::Cut)?;
         self.left = left;
         Ok(piece)
     }
 
+    #[inline]
     fn varint(&mut self) -> Result<u64, Malformed> {
+        match *self.left {
+            // By far the most.
+            [byte @ ..0x80, ref left @ ..] => {
+                self.left = left;
+                Ok(u64::from(byte))
+            }
+            _ => self.long_varint(),
+        }
+    }
+
+    fn long_varint(&mut self) -> Result<u64, Malformed> {
         let mut number = 0;
         for (place, byte) in self.left.iter().enumerate().take(10) {
             number |= u64::from(byte & 0x7f) << (7 * place);
