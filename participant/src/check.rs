@@ -21,6 +21,7 @@ pub fn check_message(placement: Placement, shard: ShardId, message: &ToShard) ->
     for prepare in &message.prepares {
         let part = prepare.part.decode().map_err(|error| malformed(prepare.id, &error))?;
         for (_, operation) in &part {
+            operation.row.check().map_err(|error| malformed(prepare.id, &error))?;
             check_row(placement, shard, &operation.row)?;
         }
         check_deltas(placement, prepare.id, part)?;
@@ -130,8 +131,21 @@ mod tests {
     fn a_part_that_is_none_is_refused() {
         let mut message = message(&[("a", 1)]);
         message.prepares[0].part = EncodedPart::from_wire(b"\x0a\x02\x12\x00".as_slice().into());
-        let status = check_message(message.placement, ShardId(1), &message).unwrap_err();
-        assert_eq!(status.code(), Code::InvalidArgument);
-        assert!(status.message().contains("part.operations[0].operation.row: is missing"), "{status}");
+        let mut refused = |bytes: &'static [u8]| {
+            message.prepares[0].part = EncodedPart::from_wire(bytes.into());
+            let status = check_message(message.placement, ShardId(1), &message).unwrap_err();
+            assert_eq!(status.code(), Code::InvalidArgument);
+            status.message().to_owned()
+        };
+        assert!(refused(b"\x0a\x02\x30\x01").ends_with("part.operations[0].row: is missing"));
+        assert!(
+            refused(b"\x0a\x06\x12\x02ax\x30\x01")
+                .ends_with("row: is not a partition, a zero byte and a name")
+        );
+        assert!(
+            refused(b"\x0a\x07\x12\x03a\0\xff\x30\x01")
+                .ends_with("row: is not a partition, a zero byte and a name")
+        );
+        assert!(refused(b"\x0a\x06\x12\x02a\0\x30\x01").ends_with("row.name: must not be empty"));
     }
 }

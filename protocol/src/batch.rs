@@ -54,6 +54,20 @@ impl RowKey {
         Ok(RowKey(bytes))
     }
 
+    /// Of bytes that may be no key: [`RowKey::check`] tells.
+    pub(crate) fn from_encoded(bytes: &[u8]) -> RowKey {
+        RowKey(SmallVec::from_slice(bytes))
+    }
+
+    /// Whether a key that was decoded is one, as [`RowKey::new`] makes them. Nothing else may be asked of one that is none.
+    pub fn check(&self) -> Result<(), BatchError> {
+        let parts = std::str::from_utf8(&self.0).ok().and_then(|text| text.split_once('\0'));
+        let (partition, name) =
+            parts.ok_or_else(|| BatchError::new("row", "is not a partition, a zero byte and a name"))?;
+        let key = RowKey::new(partition, name);
+        key.map(|_| ()).map_err(|(field, problem)| BatchError::new(format!("row.{field}"), problem))
+    }
+
     /// The bytes as they are stored.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
@@ -77,12 +91,6 @@ impl RowKey {
     /// The asset of the balance in this row: its name up to the first `/`.
     pub fn asset(&self) -> &str {
         self.name().split('/').next().unwrap_or_default()
-    }
-
-    /// Partition and name, as bytes.
-    pub(crate) fn pieces(&self) -> (&[u8], &[u8]) {
-        let end = self.0.iter().position(|byte| *byte == 0).expect("a key has a NUL between its parts");
-        (&self.0[..end], &self.0[end + 1..])
     }
 
     fn parts(&self) -> (&str, &str) {

@@ -11,7 +11,7 @@
 //!   twice (the last one counts, and messages are merged). Groups, which the third version doesn't have, are refused.
 //! - Whatever is wrong is a [`BatchError`] with the name of the field.
 
-use std::{fmt, io::Write as _};
+use std::fmt;
 
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -43,9 +43,10 @@ impl EncodedPart {
         &self.0
     }
 
-    /// The operations. What records hold is copied, so that none of them keeps all of the part in memory.
+    /// The operations. What records hold is copied, so that none of them keeps all of the part in memory. Keys of rows are taken as they are:
+    /// [`RowKey::check`] tells whether they are any.
     pub fn decode(&self) -> Result<Part, BatchError> {
-        let mut part = Part::new();
+        let mut part = Part::with_capacity(4);
         let mut reader = Reader { left: &self.0 };
         while let Some((field, value)) = reader.next().map_err(|why| why.of("part"))? {
             if field == 1 {
@@ -273,20 +274,58 @@ impl<'a> Reader<'a> {
 
 /// `PartOperation`.
 fn read_part_operation(bytes: &[u8]) -> Result<(u32, Operation), BatchError> {
-    let (mut place, mut operation) = (0, None);
+    let (mut place, mut row, mut kind, mut floor, mut ceiling) = (0, None, None, None, None);
     let mut reader = Reader { left: bytes };
     while let Some((field, value)) = reader.next().map_err(|why| why.of(""))? {
+        let piece = || value.message().map_err(|why| why.of("kind"));
+        let number = || value.number().map_err(|why| why.of("kind"));
         match field {
             1 => place = value.number().map_err(|why| why.of("index"))? as u32,
-            2 => operation = Some(value.message().map_err(|why| why.of("operation"))?),
+            2 => row = Some(value.message().map_err(|why| why.of("row"))?),
+            3 => {
+                kind = Some(OperationKind::Add {
+                    delta: integer("delta", piece()?)?,
+                    floor: None,
+                    ceiling: None,
+                })
+            }
+            4 => kind = Some(OperationKind::Put(Bytes::copy_from_slice(piece()?))),
+            5 => kind = Some(OperationKind::Insert(Bytes::copy_from_slice(piece()?))),
+            6 => kind = Some(OperationKind::Delete),
+            7 => kind = Some(OperationKind::Require(Condition::Exists(number()? != 0))),
+            8 => kind = Some(OperationKind::Require(Condition::VersionIs(Stamp(number()?)))),
+            9 => kind = Some(OperationKind::Require(Condition::RecordIs(Bytes::copy_from_slice(piece()?)))),
+            10 => {
+                kind =
+                    Some(OperationKind::Require(Condition::AtLeast(integer("balance_at_least", piece()?)?)))
+            }
+            11 => {
+                kind = Some(OperationKind::Require(Condition::AtMost(integer("balance_at_most", piece()?)?)))
+            }
+            12 => {
+                kind =
+                    Some(OperationKind::Require(Condition::BalanceIs(integer("balance_equals", piece()?)?)))
+            }
+            13 => floor = Some(integer("floor", piece()?)?),
+            14 => ceiling = Some(integer("ceiling", piece()?)?),
             _ => {}
         }
     }
-    let operation = operation.ok_or_else(|| BatchError::new("operation", "is missing"))?;
-    Ok((
-        place,
-        read_operation(operation, Bytes::copy_from_slice).map_err(|error| within("operation", error))?,
-    ))
+    let row = row.ok_or_else(|| BatchError::new("row", "is missing"))?;
+    let mut kind = kind.ok_or_else(|| BatchError::new("kind", "is missing"))?;
+    if let OperationKind::Add { floor: lowest, ceiling: highest, .. } = &mut kind {
+        (*lowest, *highest) = (floor, ceiling);
+    }
+    Ok((place, Operation { row: RowKey::from_encoded(row), kind }))
+}
+
+/// An integer in two's complement, the highest byte first.
+fn integer(field: &str, bytes: &[u8]) -> Result<i128, BatchError> {
+    if bytes.is_empty() || bytes.len() > 16 {
+        return Err(BatchError::new(field, format!("is {} bytes long, not 1 to 16", bytes.len())));
+    }
+    let sign = if bytes[0] & 0x80 == 0 { 0 } else { -1 };
+    Ok(bytes.iter().fold(sign, |number, byte| number << 8 | i128::from(*byte)))
 }
 
 /// What an operation does, before it is understood: the last kind counts, and a kind that comes twice is merged.
@@ -438,42 +477,32 @@ pub(crate) fn write_operation(out: &mut Vec<u8>, place: u32, operation: &Operati
         if place > 0 {
             number(out, 1, u64::from(place));
         }
-        message(out, 2, |out| {
-            message(out, 1, |out| {
-                let (partition, name) = operation.row.pieces();
-                piece(out, 1, partition);
-                piece(out, 2, name);
-            });
-            write_kind(out, &operation.kind);
-        });
+        piece(out, 2, operation.row.as_bytes());
+        match &operation.kind {
+            OperationKind::Add { delta, floor, ceiling } => {
+                write_integer(out, 3, *delta);
+                floor.iter().for_each(|floor| write_integer(out, 13, *floor));
+                ceiling.iter().for_each(|ceiling| write_integer(out, 14, *ceiling));
+            }
+            OperationKind::Put(value) => piece(out, 4, value),
+            OperationKind::Insert(value) => piece(out, 5, value),
+            OperationKind::Delete => number(out, 6, 1),
+            OperationKind::Require(condition) => match condition {
+                Condition::Exists(exists) => number(out, 7, u64::from(*exists)),
+                Condition::VersionIs(stamp) => number(out, 8, stamp.0),
+                Condition::RecordIs(value) => piece(out, 9, value),
+                Condition::AtLeast(least) => write_integer(out, 10, *least),
+                Condition::AtMost(most) => write_integer(out, 11, *most),
+                Condition::BalanceIs(equal) => write_integer(out, 12, *equal),
+            },
+        }
     });
 }
 
-fn write_kind(out: &mut Vec<u8>, kind: &OperationKind) {
-    match kind {
-        OperationKind::Add { delta, floor, ceiling } => message(out, 2, |out| {
-            write_amount(out, 1, *delta);
-            floor.iter().for_each(|floor| write_amount(out, 2, *floor));
-            ceiling.iter().for_each(|ceiling| write_amount(out, 3, *ceiling));
-        }),
-        OperationKind::Put(value) => message(out, 3, |out| contents(out, value)),
-        OperationKind::Insert(value) => message(out, 4, |out| contents(out, value)),
-        OperationKind::Delete => message(out, 5, |_| {}),
-        OperationKind::Require(condition) => message(out, 6, |out| match condition {
-            Condition::Exists(exists) => number(out, 1, u64::from(*exists)),
-            Condition::VersionIs(stamp) => number(out, 2, stamp.0),
-            Condition::RecordIs(value) => piece(out, 3, value),
-            Condition::AtLeast(least) => write_amount(out, 4, *least),
-            Condition::AtMost(most) => write_amount(out, 5, *most),
-            Condition::BalanceIs(equal) => write_amount(out, 6, *equal),
-        }),
-    }
-}
-
-fn contents(out: &mut Vec<u8>, value: &[u8]) {
-    if !value.is_empty() {
-        piece(out, 1, value);
-    }
+/// In as few bytes as hold it and its sign.
+fn write_integer(out: &mut Vec<u8>, field: u8, integer: i128) {
+    let spare = integer.leading_zeros().max(integer.leading_ones()) - 1;
+    piece(out, field, &integer.to_be_bytes()[spare as usize / 8..]);
 }
 
 const NUMBER: u8 = 0;
@@ -513,20 +542,6 @@ fn message(out: &mut Vec<u8>, field: u8, body: impl FnOnce(&mut Vec<u8>)) {
     let mut longer = Vec::with_capacity(10);
     varint(&mut longer, length as u64);
     out.splice(place..=place, longer);
-}
-
-fn write_amount(out: &mut Vec<u8>, field: u8, amount: i128) {
-    const LONGEST: usize = 40;
-    let mut text = [0; LONGEST];
-    let mut room = &mut text[..];
-    // The shorter type is quicker to write.
-    match i64::try_from(amount) {
-        Ok(amount) => write!(room, "{amount}"),
-        Err(_) => write!(room, "{amount}"),
-    }
-    .expect("128 bits take 40 characters at most");
-    let length = LONGEST - room.len();
-    piece(out, field, &text[..length]);
 }
 
 /// Parses an amount: a decimal integer in the smallest unit, within the range of a signed 128-bit integer. `-0` and leading
@@ -654,12 +669,24 @@ mod tests {
     #[test]
     fn the_form_of_a_part_is_fixed() {
         let row = RowKey::new("user:1", "USD").unwrap();
-        let add = OperationKind::Add { delta: -5, floor: Some(0), ceiling: None };
+        let add = OperationKind::Add { delta: -5, floor: Some(0), ceiling: Some(300) };
         let delete = Operation { row: RowKey::new("r", "x").unwrap(), kind: OperationKind::Delete };
         let part = EncodedPart::new([(0, &Operation { row, kind: add }), (2, &delete)]);
-        let expected = b"\x0a\x1a\x12\x18\x0a\x0d\x0a\x06user:1\x12\x03USD\x12\x07\x0a\x02-5\x12\x010\
-            \x0a\x0e\x08\x02\x12\x0a\x0a\x06\x0a\x01r\x12\x01x\x2a\x00";
+        let expected = b"\x0a\x16\x12\x0auser:1\0USD\x1a\x01\xfb\x6a\x01\x00\x72\x02\x01\x2c\
+            \x0a\x09\x08\x02\x12\x03r\0x\x30\x01";
         assert_eq!(part.bytes().as_ref(), expected);
+    }
+
+    #[test]
+    fn integers_take_as_few_bytes_as_hold_them() {
+        let edges = [(0, 1), (-1, 1), (127, 1), (128, 2), (-128, 1), (-129, 2), (32_767, 2), (32_768, 3)];
+        for (integer, bytes) in edges.into_iter().chain([(i128::MAX, 16), (i128::MIN, 16)]) {
+            let mut out = Vec::new();
+            write_integer(&mut out, 3, integer);
+            assert_eq!(out.len(), 2 + bytes, "{integer}");
+            assert_eq!(super::integer("", &out[2..]).unwrap(), integer);
+        }
+        assert!(super::integer("", &[]).is_err() && super::integer("", &[0; 17]).is_err());
     }
 
     #[test]
