@@ -121,7 +121,7 @@ impl Batch {
     /// A batch as a client sent it (`Batch` of the contract), with at most so many operations. What records hold stays where it is. What
     /// concerns the batch as a whole (limits, clashes, `zero_sum`) is left to [`Batch::check`].
     pub fn from_wire(bytes: &Bytes, operations_max: usize) -> Result<Batch, BatchError> {
-        let (mut id, mut timeout_ms, mut zero_sum) = ("", 0, false);
+        let (mut id, mut timeout_ms, mut zero_sum, mut count) = ("", 0, false, 0);
         let mut operations = Vec::with_capacity(8);
         let mut reader = Reader { left: bytes };
         let malformed = |why: Malformed| why.of("batch");
@@ -129,11 +129,10 @@ impl Batch {
             match field {
                 1 => id = value.text().map_err(|why| why.of("batch.id"))?,
                 2 => timeout_ms = value.number().map_err(|why| why.of("batch.timeout_ms"))? as u32,
-                3 if operations.len() == operations_max => {
-                    let problem = format!("has more than {operations_max} operations, which are allowed");
-                    return Err(BatchError::new("batch.operations", problem));
-                }
+                // Only counted: nothing is made of a batch that is too long.
+                3 if count >= operations_max => count += 1,
                 3 => {
+                    count += 1;
                     let one = value.message().map_err(|why| why.of(""));
                     let one = one.and_then(|one| read_operation(one, |piece| bytes.slice_ref(piece)));
                     let place = operations.len();
@@ -144,7 +143,12 @@ impl Batch {
                 _ => {}
             }
         }
-        Ok(Batch { id: batch_id("batch.id", id)?, timeout_ms, operations, zero_sum })
+        let id = batch_id("batch.id", id)?;
+        if count > operations_max {
+            let problem = format!("has {count} operations, at most {operations_max} are allowed");
+            return Err(BatchError::new("batch.operations", problem));
+        }
+        Ok(Batch { id, timeout_ms, operations, zero_sum })
     }
 }
 
