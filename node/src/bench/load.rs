@@ -44,8 +44,11 @@ const WRONG_PAUSE: Duration = Duration::from_millis(20);
 const AGAIN_TICK: Duration = Duration::from_millis(5);
 /// Unary clients share connections, so many each, as those of one service do.
 const CLIENTS_PER_CONNECTION: usize = 64;
-/// In an open loop the streams are looked at so often.
+/// In an open loop the streams are looked at so often. Where several trades are due each time, more of them share a message: who has so
+/// many to send sends no message for every few of them.
 const PACE: Duration = Duration::from_micros(250);
+const PACE_OF_MANY: Duration = Duration::from_millis(1);
+const MANY: f64 = 4.0;
 /// Orders that share a message.
 const ORDERS_PER_MESSAGE: usize = 256;
 /// Trades of one stream that may wait for their answers in an open loop; more are turned away.
@@ -534,15 +537,14 @@ struct Pacer(Option<(Arc<AtomicBool>, JoinHandle<()>)>);
 
 impl Pacer {
     fn start(plan: &Plan, lanes: &[Arc<Lane>]) -> anyhow::Result<Pacer> {
-        if !matches!(plan.senders, Senders::Open { .. }) {
-            return Ok(Pacer(None));
-        }
+        let Senders::Open { per_second, .. } = plan.senders else { return Ok(Pacer(None)) };
+        let pace = if per_second * PACE.as_secs_f64() < MANY { PACE } else { PACE_OF_MANY };
         let (is_over, lanes) = (Arc::new(AtomicBool::new(false)), lanes.to_vec());
         let over = is_over.clone();
         let run = move || {
             while !over.load(Ordering::Relaxed) {
                 lanes.iter().for_each(|lane| lane.wake());
-                thread::sleep(PACE);
+                thread::sleep(pace);
             }
         };
         let thread = thread::Builder::new().name("pacer".into()).spawn(run).context("start a thread")?;
