@@ -547,7 +547,8 @@ impl Shard {
         peer.note(store, coordinator);
     }
 
-    /// Nobody reads below the least of what the coordinators have told. One that is new reads above all that the others have read.
+    /// Nobody reads below the least of what the coordinators have told. The mark doesn't move back for one that is new: what is below may
+    /// be gone.
     fn raise_history(&mut self) {
         let known = self.peers.values().filter(|peer| peer.is_known());
         let least = known.map(|peer| peer.history).min().unwrap_or_default();

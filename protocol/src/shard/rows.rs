@@ -245,7 +245,7 @@ impl Rows {
             }
             results.push(RowAt { version: settled.version.max(stamp), value: result });
         }
-        undo.add(store, (id, stamp), &changes, scratch, history)?;
+        undo.add(store, id, stamp, &changes, scratch, history)?;
         drop(changes);
         for ((slot, _), result) in writes.iter().zip(results) {
             self.settle(*slot, result);
@@ -720,11 +720,11 @@ mod tests {
             "{} checkpoints",
             table.keys(0x14)
         );
-        assert_eq!(unstored.rows.undo.unstored_checkpoints(), table.keys(0x14));
         let mut read_in_all = 0;
         for position in (1..=all).step_by(37) {
             table.store.read.set(0);
             assert_eq!(table.at(&row, position).value, RowValue::Balance(position.into()));
+            assert_eq!(unstored.at(&row, position).value, RowValue::Balance(position.into()));
             read_in_all += table.store.read.get();
             assert!(table.store.read.get() < 600, "{} keys are read at {position}", table.store.read.get());
             table.store.read.set(0);
@@ -734,6 +734,8 @@ mod tests {
             assert_eq!(next, Some(Stamp(position + 10)).filter(|next| next.0 <= all));
             assert!(table.store.read.get() < 600, "{} keys are read from {position}", table.store.read.get());
         }
+        unstored.flush(0);
+        assert!(unstored.store.kept == table.store.kept);
         let times = (all / 37 + 1) as usize;
         assert!(read_in_all < times * 100, "{} keys in the mean", read_in_all / times);
         table.add(&row, all + 10, 1, 0);

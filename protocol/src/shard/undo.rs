@@ -117,11 +117,12 @@ pub struct UndoLog {
 impl UndoLog {
     /// Adds the entry of a part, and notes it with `results`, which tell what it has made of its rows. At or below the history mark nothing
     /// is kept of it.
-    pub fn add<'a>(
+    pub fn add(
         &mut self,
         store: &mut dyn Store,
-        (id, stamp): (BatchId, Stamp),
-        changes: &[Change<&'a RowKey, &'a RowValue>],
+        id: BatchId,
+        stamp: Stamp,
+        changes: &[Change<&RowKey, &RowValue>],
         results: &[u8],
         history: Stamp,
     ) -> Result<(), StoreError> {
@@ -406,11 +407,6 @@ impl UndoLog {
             return self.unstored.len();
         }
         self.unstored.partition_point(|unstored| unstored.stamp < stamp)
-    }
-
-    #[cfg(test)]
-    pub fn unstored_checkpoints(&self) -> usize {
-        self.checkpoints.len()
     }
 
     /// What isn't stored, in order.
