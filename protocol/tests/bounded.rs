@@ -286,17 +286,26 @@ fn the_undo_log_is_bounded_by_what_is_kept_of_the_history() {
     }
     let history = world.shards[&ShardId(1)].leading().machine.history();
     assert!(history >= Stamp(1390) && history <= Stamp(1400), "1500 commits, 100 kept: {history}");
-    let read = |position: u64| {
+    let ask = |position: u64, query| {
         let replica = world.shards[&ShardId(1)].leading();
-        let query = ShardQuery::Rows(vec![row_on(&world, 1)]);
         let read = ShardRead { position: Stamp(position), known: true, wait_for: Vec::new(), query };
         replica.machine.read(&replica.store, GroupId::COORDINATOR, &read).unwrap().unwrap()
     };
+    let read = |position| ask(position, ShardQuery::Rows(vec![row_on(&world, 1)]));
     assert_eq!(read(history.0 - 1), ShardReadAnswer::Pruned { history }, "below the mark it is refused");
     for position in history.0..=1500 {
         let ShardReadAnswer::Rows(rows) = read(position) else { panic!("{position} is refused") };
         assert_eq!(rows[0].value, RowValue::Balance(position.into()), "at {position}");
     }
+    let query = ShardQuery::History { row: row_on(&world, 1), from: Stamp(0), limit: usize::MAX };
+    let ShardReadAnswer::History { changes, oldest, next: None } = ask(1500, query) else {
+        panic!("the history is refused")
+    };
+    assert_eq!(oldest.0, history.0 + 1);
+    assert!(
+        changes.iter().map(|change| change.stamp.0).eq(oldest.0..=1500),
+        "all above the mark, nothing below"
+    );
     world.settle();
     world.check_at_rest();
 }
