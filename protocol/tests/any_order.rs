@@ -246,7 +246,7 @@ fn config() -> ProptestConfig {
 proptest! {
     #![proptest_config(config())]
 
-    /// The same while next to nothing is remembered: ids are forgotten, and versions dropped, as soon as can be.
+    /// The same while next to nothing is remembered: ids are forgotten, and undo entries dropped, as soon as can be.
     #[test]
     fn forgetting_early_breaks_no_promise(
         shards in 1..=3u32,

@@ -270,39 +270,49 @@ fn a_list_that_comes_after_its_batch_was_forgotten_ends_nothing_that_was_committ
     world.check_at_rest();
 }
 
-fn versions(world: &World, shard: u32) -> usize {
+/// Undo entries and checkpoints.
+fn kept_of_the_history(world: &World, shard: u32) -> usize {
     let store = &world.shards[&ShardId(shard)].leading().store;
-    store.iter().filter(|(key, _)| key[0] == 0x11).count()
+    store.iter().filter(|(key, _)| [0x11, 0x14].contains(&key[0])).count()
 }
 
 #[test]
-fn versions_are_bounded_by_what_is_kept_of_the_history() {
+fn the_undo_log_is_bounded_by_what_is_kept_of_the_history() {
     let mut world = started(1, remembering(10_000, 100));
     for serial in 0..1500 {
         settle_one(&mut world, serial, &[1]);
-        let kept = versions(&world, 1);
-        assert!(kept <= 2 * 107 + 64, "{kept} versions after {serial} commits");
+        let kept = kept_of_the_history(&world, 1);
+        assert!(kept <= 107 + 64, "{kept} entries and checkpoints after {serial} commits");
     }
     let history = world.shards[&ShardId(1)].leading().machine.history();
     assert!(history >= Stamp(1390) && history <= Stamp(1400), "1500 commits, 100 kept: {history}");
-    let read = |position: u64| {
+    let ask = |position: u64, query| {
         let replica = world.shards[&ShardId(1)].leading();
-        let query = ShardQuery::Rows(vec![row_on(&world, 1)]);
         let read = ShardRead { position: Stamp(position), known: true, wait_for: Vec::new(), query };
         replica.machine.read(&replica.store, GroupId::COORDINATOR, &read).unwrap().unwrap()
     };
+    let read = |position| ask(position, ShardQuery::Rows(vec![row_on(&world, 1)]));
     assert_eq!(read(history.0 - 1), ShardReadAnswer::Pruned { history }, "below the mark it is refused");
     for position in history.0..=1500 {
         let ShardReadAnswer::Rows(rows) = read(position) else { panic!("{position} is refused") };
         assert_eq!(rows[0].value, RowValue::Balance(position.into()), "at {position}");
     }
+    let query = ShardQuery::History { row: row_on(&world, 1), from: Stamp(0), limit: usize::MAX };
+    let ShardReadAnswer::History { changes, oldest, next: None } = ask(1500, query) else {
+        panic!("the history is refused")
+    };
+    assert_eq!(oldest.0, history.0 + 1);
+    assert!(
+        changes.iter().map(|change| change.stamp.0).eq(oldest.0..=1500),
+        "all above the mark, nothing below"
+    );
     world.settle();
     world.check_at_rest();
 }
 
-/// Promise G10: when versions are dropped doesn't depend on how often a replica was started.
+/// Promise G10: when undo entries are dropped doesn't depend on how often a replica was started.
 #[test]
-fn a_replica_that_starts_again_drops_the_same_versions() {
+fn a_replica_that_starts_again_drops_the_same_entries() {
     let mut world = started(1, remembering(10_000, 20));
     for serial in 0..200 {
         settle_one(&mut world, serial, &[1]);
@@ -312,7 +322,8 @@ fn a_replica_that_starts_again_drops_the_same_versions() {
             group.check_replicas();
         }
     }
-    assert!(versions(&world, 1) < 100, "{} of 200 versions are left", versions(&world, 1));
+    let kept = kept_of_the_history(&world, 1);
+    assert!(kept < 100, "{kept} of 200 entries are left");
     world.settle();
     world.check_at_rest();
 }
@@ -331,6 +342,25 @@ fn a_coordinator_that_never_greeted_holds_back_no_history() {
     assert!(history > Stamp(50), "100 commits, 20 kept: {history}");
     world.settle();
     world.check_at_rest();
+}
+
+/// What is below the mark may be gone, whoever asks.
+#[test]
+fn the_mark_does_not_move_back_for_a_coordinator_that_is_new() {
+    let mut world = started(1, remembering(10_000, 20));
+    for serial in 0..100 {
+        settle_one(&mut world, serial, &[1]);
+    }
+    let history = world.shards[&ShardId(1)].leading().machine.history();
+    let (placement, coordinator) = (world.config.placement, GroupId(9));
+    let greeting = ToShard { placement, coordinator, epoch: Epoch(1), greet: true, ..ToShard::default() };
+    let entry = encode(&world.shard_entry(greeting));
+    let group = world.shards.get_mut(&ShardId(1)).unwrap();
+    group.commit(entry);
+    assert!(history > Stamp(0));
+    assert_eq!(group.leading().machine.history(), history);
+    (0..2).for_each(|seat| group.restart(seat));
+    assert_eq!(group.leading().machine.history(), history);
 }
 
 #[test]
@@ -430,7 +460,7 @@ fn an_hour_without_a_shard(world: &mut World) -> usize {
 
 fn check_an_hour(world: &mut World) {
     let most = an_hour_without_a_shard(world);
-    // 200 decisions with two keys each, the unfinished ones among them; 2 x 50 versions on two shards; rows, marks, positions.
+    // 200 decisions with two keys each, the unfinished ones among them; 2 x 50 undo entries on two shards; rows, marks, positions.
     assert!(most < 200 * 2 + 200 * 3 + 2 * 3 * 60 + 300, "{most} keys and batches");
     world.down.clear();
     for _ in 0..20 {

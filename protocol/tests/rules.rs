@@ -807,8 +807,8 @@ fn a_replica_that_is_never_flushed_does_what_the_others_do() {
         store
     });
     assert!(stores.iter().all(|store| *store == stores[0]));
-    let versions = stores[0].iter().filter(|(key, _)| key[0] == 0x11).count();
-    assert!(versions < 20, "{versions} of 60 versions are left");
+    let entries = stores[0].iter().filter(|(key, _)| key[0] == 0x11).count();
+    assert!(entries < 20, "{entries} of 60 undo entries are left");
 }
 
 #[test]

@@ -83,7 +83,7 @@ pub struct Settings {
     pub timeout_ms: u32,
     /// How long decisions are remembered, in milliseconds.
     pub retention_ms: u64,
-    /// How many decisions are remembered, at least for so many milliseconds, and commits whose replaced versions are kept.
+    /// How many decisions are remembered, at least for so many milliseconds, and commits whose changes are.
     pub keep: (u64, u64, u64),
     /// How far ids may lie ahead, in milliseconds.
     pub future_max_ms: u64,

@@ -14,8 +14,8 @@
 //! - The shard commits on its own word in the order of stamps only: above the stamp of everything that it has carried out, and under a
 //!   higher number than those it has refused.
 //! - A prepare that might have been committed so, and was refused, is finished: none of its copies commits later.
-//! - Versions that no read at or above the history mark needs are dropped, by a sweep that does a bounded piece of work with each
-//!   entry; a read below the mark is refused, whether they are gone or not.
+//! - The history mark only moves forward. What is needed to undo changes above it is kept, and the rest is dropped, by a sweep that does a
+//!   bounded piece of work with each entry; a read below the mark is refused, whether that is gone or not.
 //!
 //! For example: `prepare 1.1 add a -10` on a balance of 15 is held and answered YES; `prepare 1.2 add a -10` waits, because the
 //! answer depends on 1.1; `outcome 1.1 abort` grants it, and the vote YES for 1.2 is among the answers.
@@ -26,7 +26,7 @@ mod locks;
 mod numbers;
 mod rows;
 mod slots;
-mod versions;
+mod undo;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -40,7 +40,7 @@ use self::{
     evaluate::{ByRow, Use},
     locks::{Answer, Claim, Mode, Ticket},
     numbers::Numbers,
-    rows::{Row, Rows},
+    rows::{Row, Rows, Write, Writes},
     slots::Slot,
 };
 use crate::{
@@ -61,7 +61,7 @@ const PEER_TABLE: u8 = 0x13;
 const CONFIG_TABLE: u8 = 0x15;
 const PROGRESS_TABLE: u8 = 0x16;
 
-/// How many versions are added between two pieces of a sweep, in the product. To begin a piece costs as much as to look at some dozens.
+/// How many undo entries are added between two pieces of a sweep, in the product. To begin a piece costs as much as to look at some dozens.
 /// Part of the format: replicas that sweep at different places differ.
 pub const SWEEP_INTERVAL: u32 = 4096;
 
@@ -72,7 +72,7 @@ pub struct ShardConfig {
     pub shard: ShardId,
     /// Where partitions live.
     pub placement: Placement,
-    /// A sweep goes on when so many versions were added: mostly [`SWEEP_INTERVAL`].
+    /// A sweep goes on when so many undo entries were added: mostly [`SWEEP_INTERVAL`].
     pub sweep_interval: u32,
 }
 
@@ -145,17 +145,15 @@ impl Peer {
     }
 }
 
-/// How far old versions are dropped.
+/// How far the undo log is dropped.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Sweep {
-    /// The key where it goes on; empty: none is under way.
-    from: Vec<u8>,
-    /// The history mark with which it began.
-    began: Stamp,
-    /// The mark with which the last one that has ended began.
-    done: Stamp,
-    /// Versions that were added since it last went on.
-    written: u64,
+    /// The history mark: no coordinator reads at a position below it, and it never moves back.
+    history: Stamp,
+    /// Where it goes on: there is no undo entry below.
+    from: Stamp,
+    /// Undo entries that were added since it last went on.
+    added: u64,
 }
 
 /// Where a held part stands.
@@ -308,7 +306,7 @@ impl Machine for Shard {
         for message in entry.messages {
             self.take(store, proposed, message, &mut reply)?;
         }
-        if self.sweep.written >= u64::from(self.config.sweep_interval) {
+        if self.sweep.added >= u64::from(self.config.sweep_interval) {
             self.sweep(store)?;
         }
         Ok(reply)
@@ -397,8 +395,7 @@ impl Shard {
 
     /// The history mark: no coordinator reads at a position below it.
     pub fn history(&self) -> Stamp {
-        let stored = self.peers.values().filter(|peer| peer.is_known());
-        stored.map(|peer| peer.history).min().unwrap_or_default()
+        self.sweep.history
     }
 
     /// Answers a read from what has been applied, or `None`: a part that it has to wait for is still held.
@@ -452,8 +449,10 @@ impl Shard {
                 ShardReadAnswer::Rows(values)
             }
             ShardQuery::History { row, from, limit } => {
-                let (changes, next) = self.rows.history(store, row, *from, read.position, *limit)?;
-                let oldest = if history == Stamp(0) { history } else { Stamp(history.0 + 1) };
+                let kept = Stamp(history.0 + 1);
+                let from = kept.max(*from);
+                let (changes, next) = self.rows.history(store, row, from, read.position, *limit)?;
+                let oldest = if history == Stamp(0) { history } else { kept };
                 ShardReadAnswer::History { changes, next, oldest }
             }
         }))
@@ -486,6 +485,7 @@ impl Shard {
         if message.history > peer.history {
             peer.history = message.history;
             peer.note(store, coordinator);
+            self.raise_history();
         }
         if message.greet {
             let greeting = self.greet(store, coordinator, message.epoch);
@@ -546,6 +546,17 @@ impl Shard {
         peer.finished.remove_up_to(mark);
         peer.mark = mark;
         peer.note(store, coordinator);
+    }
+
+    /// Nobody reads below the least of what the coordinators have told. The mark doesn't move back for one that is new: what is below may
+    /// be gone.
+    fn raise_history(&mut self) {
+        let known = self.peers.values().filter(|peer| peer.is_known());
+        let least = known.map(|peer| peer.history).min().unwrap_or_default();
+        if least > self.sweep.history {
+            self.sweep.history = least;
+            self.changed = true;
+        }
     }
 
     /// Rule R11: the epoch is recorded before anything is listed.
@@ -715,30 +726,32 @@ impl Shard {
         self.newest = self.newest.max(stamp);
         self.changed = true;
         let mut by_row = None;
+        let mut writes = Writes::new();
         for (place, (slot, claim)) in seats.iter().enumerate() {
             if !claim.writes {
                 continue;
             }
-            self.sweep.written += 1;
             if claim.mode == Mode::Add {
-                self.rows.add(store, *slot, id, stamp, claim.delta, history)?;
+                writes.push((*slot, Write::Add(claim.delta)));
                 continue;
             }
             let operations = &by_row.get_or_insert_with(|| evaluate::by_row(operations))[place].operations;
-            let before = self.rows.row(*slot).settled().clone();
-            let after = evaluate::run(operations, &before).unwrap_or_else(|abort| {
-                panic!("batch {id} was granted row {:?} and now fails: {abort:?}", self.rows.row(*slot).key())
+            let row = self.rows.row(*slot);
+            let after = evaluate::run(operations, row.settled()).unwrap_or_else(|abort| {
+                panic!("batch {id} was granted row {:?} and now fails: {abort:?}", row.key())
             });
-            match (&before.value, &after) {
-                (RowValue::Absent, RowValue::Balance(sum)) => {
-                    self.rows.add(store, *slot, id, stamp, *sum, history)?
-                }
+            let write = match (&row.settled().value, after) {
+                (RowValue::Absent, RowValue::Balance(sum)) => Write::Add(sum),
                 (RowValue::Balance(old), RowValue::Balance(new)) => {
-                    let delta = new.checked_sub(*old).expect("deltas on a row add up to 128 bits");
-                    self.rows.add(store, *slot, id, stamp, delta, history)?;
+                    Write::Add(new.checked_sub(*old).expect("deltas on a row add up to 128 bits"))
                 }
-                _ => self.rows.replace(store, *slot, id, stamp, after),
-            }
+                (_, after) => Write::Replace(after),
+            };
+            writes.push((*slot, write));
+        }
+        if !writes.is_empty() {
+            self.sweep.added += u64::from(stamp > history);
+            self.rows.commit(store, id, stamp, &writes, history)?;
         }
         Ok(())
     }
@@ -865,24 +878,13 @@ impl Shard {
         self.parts.insert(key, part);
     }
 
-    /// Looks at twice as many versions as were added, and drops those that no read will need: so a sweep ends before half as many have
-    /// come as there are, and at most about as many are kept needlessly as are needed.
+    /// Looks at twice as many undo entries as were added, in the order of stamps, and drops those that no read will need: so it catches up
+    /// with a mark that has moved before as many have come as there are to drop.
     fn sweep(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
-        let most = 2 * std::mem::take(&mut self.sweep.written) as usize;
+        let most = 2 * std::mem::take(&mut self.sweep.added) as usize;
         self.changed = true;
-        let history = self.history();
-        if self.sweep.from.is_empty() {
-            if history <= self.sweep.done {
-                return Ok(());
-            }
-            self.sweep.from = versions::FIRST_VERSION.to_vec();
-            self.sweep.began = history;
-        }
-        // It looks at what is stored.
-        self.rows.store_all(store)?;
-        match versions::drop_versions(store, history, &self.sweep.from, most)? {
-            Some(next) => self.sweep.from = next,
-            None => self.sweep = Sweep { done: self.sweep.began, ..Sweep::default() },
+        if self.sweep.from <= self.sweep.history {
+            self.sweep.from = self.rows.drop_undo(store, self.sweep.from, self.sweep.history, most)?;
         }
         Ok(())
     }

@@ -1,15 +1,14 @@
 //! Rows in memory: those that somebody holds or waits for, those whose changes are not stored yet, and those that were used lately.
 //!
 //! A row is looked up by its key once for each part that uses it; from then on the part knows its *slot*. What a commit changes is
-//! kept here, and brought to the store with the next flush: the settled value once, however often it has changed, and every version.
+//! kept here, and brought to the store with the next flush: the settled value once, however often it has changed, and how to undo each
+//! change ([`super::undo`]).
 //!
-//! Finding a row is waiting for memory, so a row that nobody uses is small: its key, its value, and no more. What it needs while it is
-//! used is beside it.
+//! Finding a row is waiting for memory, so a row that nobody uses is small: its key, its value, and no more. Its line is beside it.
 //!
 //! Invariants:
 //! - A row that is held, waited for or listed to be stored keeps its slot. Others may go at any flush, and are read again.
-//! - Versions that are not stored are later than all that are: one that comes before all of them is inserted among the stored ones,
-//!   once the others are there too ([`Rows::store`]).
+//! - A settled value holds exactly the committed batches that were applied here.
 //! - Nothing here depends on when a flush happens, and nothing that is told does.
 
 use std::hash::{Hash, Hasher};
@@ -20,15 +19,17 @@ use smallvec::SmallVec;
 use super::{
     locks::{Claim, RowLock, Ticket},
     slots::{Slot, Slots},
-    versions::{self, Version, plus, row_key, version_key},
+    undo::{Change, Key, UndoLog, What, leaves_checkpoint, plus},
 };
 use crate::{
     batch::RowKey,
     ids::{BatchId, Stamp},
-    machine::encode_into,
-    messages::{READ_BYTES_MAX, RowAt, RowChange, RowValue},
+    machine::{decode, encode_into},
+    messages::{RowAt, RowChange, RowValue},
     store::{Store, StoreError},
 };
+
+const ROW_TABLE: u8 = 0x10;
 
 /// What a row takes in memory beside its value, roughly, while nobody uses it: itself, and its place in the index.
 const ROW_BYTES: usize = 160;
@@ -37,34 +38,18 @@ const ROW_BYTES: usize = 160;
 const TRIM_STEPS: usize = 8192;
 const TRIM_STEPS_EACH: usize = 4;
 
-/// A version that is not stored yet.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Unstored {
-    stamp: Stamp,
-    /// As it will be stored.
-    bytes: SmallVec<[u8; 48]>,
-}
-
-/// What a row has while it is used.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-struct Busy {
-    lock: RowLock,
-    /// In the order of stamps.
-    unstored: SmallVec<[Unstored; 1]>,
-}
-
-/// What a row has that nobody uses.
-static IDLE: Busy = Busy { lock: RowLock::FREE, unstored: SmallVec::new_const() };
+/// The line of a row that nobody holds or waits for.
+static FREE: RowLock = RowLock::FREE;
 
 /// A row in memory.
 #[derive(Clone, Debug)]
 pub struct Row {
     key: RowKey,
     settled: RowAt,
-    /// None: as [`IDLE`].
-    busy: Option<Box<Busy>>,
-    /// Whether it is among those that the next flush looks at. Its versions may have been stored since, for a late delta.
-    listed: bool,
+    /// Its line. None: as [`FREE`].
+    line: Option<Box<RowLock>>,
+    /// Whether it has changed since it was stored: then it is among those that the next flush brings.
+    changed: bool,
     /// Whether it was used since the hand came by.
     used: bool,
 }
@@ -72,7 +57,7 @@ pub struct Row {
 impl Row {
     /// One that is used just now, and that nobody holds.
     pub fn new(key: RowKey, settled: RowAt) -> Row {
-        Row { key, settled, busy: None, listed: false, used: true }
+        Row { key, settled, line: None, changed: false, used: true }
     }
 
     /// Its key.
@@ -87,75 +72,21 @@ impl Row {
 
     /// Its line.
     pub fn lock(&self) -> &RowLock {
-        &self.busy().lock
+        self.line.as_deref().unwrap_or(&FREE)
     }
 
-    fn busy(&self) -> &Busy {
-        self.busy.as_deref().unwrap_or(&IDLE)
-    }
-
-    fn busy_mut(&mut self) -> &mut Busy {
-        self.busy.get_or_insert_default()
-    }
-
-    /// In the order of stamps.
-    fn unstored(&self) -> &[Unstored] {
-        &self.busy().unstored
-    }
-
-    /// Something has ended that it was used for.
-    fn rest(&mut self) {
-        if *self.busy() == IDLE {
-            self.busy = None;
-        }
-    }
-
-    /// Inserts a delta among the versions that are not stored. False: it comes before all of them.
-    ///
-    /// Like [`versions::insert`] it makes no version that no read needs: where the next piece of a sweep ends depends on their number.
-    fn insert(&mut self, id: BatchId, stamp: Stamp, delta: i128, history: Stamp) -> Result<bool, StoreError> {
-        let place = self.unstored().partition_point(|version| version.stamp < stamp);
-        let Some(before) = place.checked_sub(1) else { return Ok(false) };
-        let unstored = &mut self.busy.get_or_insert_default().unstored;
-        let needed = unstored.get(place).is_none_or(|later| later.stamp > history);
-        let result = plus(&Version::decode(&unstored[before].bytes)?.result, delta);
-        for later in &mut unstored[place..] {
-            assert!(later.stamp != stamp, "two batches have stamp {stamp} on row {:?}", self.key);
-            let mut version = Version::decode(&later.bytes)?;
-            version.result = plus(&version.result, delta);
-            later.bytes = SmallVec::from_vec(encode_into(Vec::new(), &version));
-        }
-        if needed {
-            let version = Version { id, delta: Some(delta), result };
-            let bytes = SmallVec::from_vec(encode_into(Vec::new(), &version));
-            unstored.insert(place, Unstored { stamp, bytes });
-        }
-        Ok(true)
-    }
-
-    /// Brings the settled value to the store, if it has changed.
-    fn store_settled(&self, store: &mut dyn Store, scratch: &mut Vec<u8>) -> Result<(), StoreError> {
-        if self.unstored().is_empty() {
-            return Ok(());
-        }
-        scratch.clear();
-        *scratch = encode_into(std::mem::take(scratch), &self.settled);
-        store.bring(&row_key(&self.key), Some(scratch))
-    }
-
-    /// Brings the versions to the store.
-    fn store_versions(&mut self, store: &mut dyn Store) -> Result<(), StoreError> {
-        let Some(busy) = &mut self.busy else { return Ok(()) };
-        std::mem::take(&mut busy.unstored).into_iter().try_for_each(|Unstored { stamp, bytes }| {
-            store.bring(&version_key(&self.key, stamp), Some(&bytes))
-        })?;
-        self.rest();
-        Ok(())
+    fn lock_mut(&mut self) -> &mut RowLock {
+        self.line.get_or_insert_default()
     }
 
     /// Whether nobody needs it, and the store has it as it is.
     fn is_idle(&self) -> bool {
-        self.lock().is_free() && self.unstored().is_empty()
+        self.lock().is_free() && !self.changed
+    }
+
+    /// What makes it differ from another one.
+    fn parts(&self) -> (&RowKey, &RowAt, &RowLock, bool) {
+        (&self.key, &self.settled, self.lock(), self.changed)
     }
 
     fn bytes(&self) -> usize {
@@ -163,19 +94,32 @@ impl Row {
     }
 }
 
+/// What a committed part does to a row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// Adds the sum of its deltas to a balance.
+    Add(i128),
+    /// Writes a record, or its absence.
+    Replace(RowValue),
+}
+
+/// All that a committed part does: each row once.
+pub type Writes = SmallVec<[(Slot, Write); 3]>;
+
 /// The rows of a shard that are in memory.
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
     slots: Slots,
-    /// Rows with versions that are not stored, each once.
+    /// Rows that have changed since they were stored, each once.
     changed: Vec<Slot>,
+    undo: UndoLog,
     /// Where looking for rows that may go goes on.
     hand: Slot,
     /// How many rows have come since it last moved.
     come: usize,
     bytes: usize,
     held: usize,
-    /// Where versions are encoded.
+    /// Where values are encoded.
     scratch: Vec<u8>,
 }
 
@@ -186,8 +130,7 @@ impl Rows {
             self.row_mut(slot).used = true;
             return Ok(slot);
         }
-        let settled = versions::settled(store, key)?;
-        let row = Row::new(key.clone(), settled);
+        let row = Row::new(key.clone(), stored(store, key)?);
         self.bytes += row.bytes();
         self.come += 1;
         Ok(self.slots.insert(row))
@@ -200,7 +143,7 @@ impl Rows {
 
     /// Lets a part hold a row.
     pub fn hold(&mut self, slot: Slot, ticket: Ticket, claim: Claim) {
-        let lock = &mut self.row_mut(slot).busy_mut().lock;
+        let lock = self.row_mut(slot).lock_mut();
         let first = !lock.is_held();
         lock.hold(ticket, claim);
         self.held += usize::from(first);
@@ -208,17 +151,19 @@ impl Rows {
 
     /// Puts a part in the line of a row.
     pub fn wait(&mut self, slot: Slot, ticket: Ticket, claim: Claim) {
-        self.row_mut(slot).busy_mut().lock.wait(ticket, claim);
+        self.row_mut(slot).lock_mut().wait(ticket, claim);
     }
 
     /// Takes a part out of the line of a row, which is given as it is then.
     pub fn leave(&mut self, slot: Slot, ticket: Ticket) -> &RowLock {
         let row = self.row_mut(slot);
-        let lock = &mut row.busy_mut().lock;
+        let lock = row.lock_mut();
         let was_held = lock.is_held();
         lock.remove(ticket);
         let last = was_held && !lock.is_held();
-        row.rest();
+        if lock.is_free() {
+            row.line = None;
+        }
         self.held -= usize::from(last);
         self.row(slot).lock()
     }
@@ -233,24 +178,19 @@ impl Rows {
         self.held
     }
 
-    /// What a row held at a position, of what has been applied.
-    pub fn at(&self, store: &dyn Store, key: &RowKey, position: Stamp) -> Result<RowAt, StoreError> {
-        let Some(row) = self.find(key) else {
-            let now = versions::settled(store, key)?;
-            return if now.version <= position { Ok(now) } else { versions::at(store, key, position) };
-        };
-        if row.settled.version <= position {
-            return Ok(row.settled.clone());
-        }
-        match row.unstored().iter().rev().find(|version| version.stamp <= position) {
-            Some(Unstored { stamp, bytes }) => {
-                Ok(RowAt { version: *stamp, value: Version::decode(bytes)?.result })
-            }
-            None => versions::at(store, key, position),
-        }
+    /// What a row holds, of what has been applied.
+    fn now(&self, store: &dyn Store, key: &RowKey) -> Result<RowAt, StoreError> {
+        self.find(key).map_or_else(|| stored(store, key), |row| Ok(row.settled.clone()))
     }
 
-    /// The changes of a row with stamps in `from..=position`, at most `limit` and about [`READ_BYTES_MAX`], and where the list goes on.
+    /// What a row held at a position, of what has been applied. Not below the history mark.
+    pub fn at(&self, store: &dyn Store, key: &RowKey, position: Stamp) -> Result<RowAt, StoreError> {
+        let now = self.now(store, key)?;
+        self.undo.back_to(store, key, now, position).map(|(at, _)| at)
+    }
+
+    /// The changes of a row with stamps in `from..=position`, all above the history mark, at most `limit` and about
+    /// [`READ_BYTES_MAX`](crate::messages::READ_BYTES_MAX), and where the list goes on.
     pub fn history(
         &self,
         store: &dyn Store,
@@ -259,91 +199,80 @@ impl Rows {
         position: Stamp,
         limit: usize,
     ) -> Result<(Vec<RowChange>, Option<Stamp>), StoreError> {
-        let mut changes = Vec::new();
-        let (mut bytes, mut next, mut failed) = (0, None, None);
-        let mut take = |stamp: Stamp, encoded: &[u8]| {
-            if changes.len() == limit {
-                next = Some(stamp);
-                return false;
-            }
-            match Version::decode(encoded) {
-                Err(error) => failed = Some(error),
-                Ok(version) => {
-                    bytes += version.result.bytes();
-                    if bytes > READ_BYTES_MAX && !changes.is_empty() {
-                        next = Some(stamp);
-                        return false;
-                    }
-                    changes.push(version.at(stamp));
-                }
-            }
-            failed.is_none()
-        };
-        let mut goes_on = true;
-        versions::visit(store, key, from, position, &mut |stamp, encoded| {
-            goes_on = take(stamp, encoded);
-            goes_on
-        })?;
-        let unstored = self.find(key).map_or(&[][..], Row::unstored);
-        for Unstored { stamp, bytes } in unstored.iter().filter(|version| version.stamp >= from) {
-            if !goes_on || *stamp > position {
-                break;
-            }
-            goes_on = take(*stamp, bytes);
-        }
-        failed.map_or(Ok((changes, next)), Err)
+        self.undo.history(store, key, &self.now(store, key)?, from, position, limit)
     }
 
-    /// Adds the sum of a batch's deltas to a balance, at the batch's stamp.
-    pub fn add(
+    /// Carries out what a part has committed, at its stamp. What is at or below the history mark need not be undone any more.
+    pub fn commit(
         &mut self,
         store: &mut dyn Store,
-        slot: Slot,
         id: BatchId,
         stamp: Stamp,
-        delta: i128,
+        writes: &Writes,
         history: Stamp,
     ) -> Result<(), StoreError> {
-        let row = self.row(slot);
-        let sum = plus(&row.settled.value, delta);
-        if stamp > row.settled.version {
-            self.write(store, slot, stamp, Version { id, delta: Some(delta), result: sum });
-            return Ok(());
+        let Rows { slots, undo, scratch, .. } = self;
+        let mut changes: SmallVec<[_; 3]> = SmallVec::with_capacity(writes.len());
+        let mut results: SmallVec<[_; 3]> = SmallVec::with_capacity(writes.len());
+        scratch.clear();
+        for (slot, write) in writes {
+            let Row { key, settled, .. } = slots.get(*slot).expect("a row that is used keeps its slot");
+            let is_late = stamp <= settled.version;
+            let (before, what, result) = match write {
+                Write::Add(delta) => {
+                    let (before, begins) = if is_late {
+                        undo.link(store, key, settled, stamp, *delta, history)?
+                    } else {
+                        (settled.version, settled.value == RowValue::Absent)
+                    };
+                    let what = if begins { What::Began(*delta) } else { What::Added(*delta) };
+                    (before, what, plus(&settled.value, *delta))
+                }
+                Write::Replace(value) => {
+                    assert!(
+                        !is_late,
+                        "a write of row {key:?} at stamp {stamp} comes after one at {}: its lock did not hold",
+                        settled.version
+                    );
+                    (settled.version, What::Replaced(&settled.value), value.clone())
+                }
+            };
+            let checkpoint = !is_late && stamp > history && leaves_checkpoint(stamp);
+            changes.push(Change { row: key, before, what, checkpoint });
+            *scratch = encode_into(std::mem::take(scratch), &result);
+            if checkpoint {
+                undo.add_checkpoint(key, stamp, &result);
+            }
+            results.push(RowAt { version: settled.version.max(stamp), value: result });
         }
-        // Out of order: this batch comes before some that are already here.
-        store.note(&[row.key.as_bytes(), &stamp.0.to_be_bytes(), &id.0, &delta.to_be_bytes()]);
-        if !self.row_mut(slot).insert(id, stamp, delta, history)? {
-            self.store(store, slot)?;
-            let key = &self.row(slot).key;
-            versions::insert(store, key, id, stamp, delta, history)?;
+        undo.add(store, id, stamp, &changes, scratch, history)?;
+        drop(changes);
+        for ((slot, _), result) in writes.iter().zip(results) {
+            self.settle(*slot, result);
         }
-        self.row_mut(slot).settled.value = sum;
         Ok(())
     }
 
-    /// Writes a record, or its absence, at the batch's stamp.
-    pub fn replace(&mut self, store: &mut dyn Store, slot: Slot, id: BatchId, stamp: Stamp, value: RowValue) {
-        let Row { key, settled, .. } = self.row(slot);
-        assert!(
-            stamp > settled.version,
-            "a write of row {key:?} at stamp {stamp} comes after one at {}: its lock did not hold",
-            settled.version
-        );
-        self.write(store, slot, stamp, Version { id, delta: None, result: value });
-    }
-
-    fn write(&mut self, store: &mut dyn Store, slot: Slot, stamp: Stamp, version: Version) {
-        self.scratch.clear();
-        self.scratch = encode_into(std::mem::take(&mut self.scratch), &version);
+    fn settle(&mut self, slot: Slot, result: RowAt) {
         let row = self.slots.get_mut(slot).expect("a row that is used keeps its slot");
-        store.note(&[row.key.as_bytes(), &stamp.0.to_be_bytes(), &self.scratch]);
-        if !std::mem::replace(&mut row.listed, true) {
+        self.bytes -= row.bytes();
+        row.settled = result;
+        self.bytes += row.bytes();
+        if !std::mem::replace(&mut row.changed, true) {
             self.changed.push(slot);
         }
-        row.busy_mut().unstored.push(Unstored { stamp, bytes: SmallVec::from_slice(&self.scratch) });
-        self.bytes -= row.bytes();
-        row.settled = RowAt { version: stamp, value: version.result };
-        self.bytes += row.bytes();
+    }
+
+    /// Looks at `most` parts from a stamp on, in the order of stamps, and drops how to undo those at or below the history mark. Gives the
+    /// stamp where to go on.
+    pub fn drop_undo(
+        &mut self,
+        store: &mut dyn Store,
+        from: Stamp,
+        history: Stamp,
+        most: usize,
+    ) -> Result<Stamp, StoreError> {
+        self.undo.drop_entries(store, from, history, most)
     }
 
     /// Brings all that is not stored to the store.
@@ -351,21 +280,14 @@ impl Rows {
         let mut changed = std::mem::take(&mut self.changed);
         // In order: that is how databases keep them.
         changed.sort_unstable_by_key(|slot| &self.row(*slot).key);
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let stored = changed.into_iter().try_for_each(|slot| {
-            let row = self.row_mut(slot);
-            row.listed = false;
-            row.store_settled(store, &mut scratch)?;
-            row.store_versions(store)
-        });
-        self.scratch = scratch;
-        stored
-    }
-
-    /// Brings what is not stored of a row to the store.
-    fn store(&mut self, store: &mut dyn Store, slot: Slot) -> Result<(), StoreError> {
-        self.row(slot).store_settled(store, &mut Vec::new())?;
-        self.row_mut(slot).store_versions(store)
+        for slot in changed {
+            let row = self.slots.get_mut(slot).expect("a row that has changed keeps its slot");
+            row.changed = false;
+            self.scratch.clear();
+            self.scratch = encode_into(std::mem::take(&mut self.scratch), &row.settled);
+            store.bring(&row_key(&row.key), Some(&self.scratch))?;
+        }
+        self.undo.store(store)
     }
 
     /// Lets go of rows that were not used lately, until the rest takes about `keep_bytes`, or many were looked at.
@@ -377,7 +299,7 @@ impl Rows {
             }
             self.hand = self.slots.after(self.hand);
             let Some(row) = self.slots.get_mut(self.hand) else { continue };
-            if std::mem::take(&mut row.used) || row.listed || !row.is_idle() {
+            if std::mem::take(&mut row.used) || !row.is_idle() {
                 continue;
             }
             self.bytes -= row.bytes();
@@ -395,15 +317,25 @@ impl Rows {
     }
 }
 
+/// The settled value of a row, as it is stored.
+fn stored(store: &dyn Store, row: &RowKey) -> Result<RowAt, StoreError> {
+    let mut found = Ok(RowAt::default());
+    store.look(&row_key(row), &mut |bytes| found = decode("row", bytes))?;
+    found
+}
+
+fn row_key(row: &RowKey) -> Key {
+    let mut key = Key::new();
+    key.push(ROW_TABLE);
+    key.extend_from_slice(row.as_bytes());
+    key
+}
+
 /// Equal if the same rows are held, waited for and changed in the same way; which others are in memory makes no difference.
 impl PartialEq for Rows {
     fn eq(&self, other: &Rows) -> bool {
-        let same = |row: &Row| {
-            other
-                .find(&row.key)
-                .is_some_and(|other| (other.busy(), &other.settled) == (row.busy(), &row.settled))
-        };
-        self.busy().count() == other.busy().count() && self.busy().all(same)
+        let same = |row: &Row| other.find(&row.key).is_some_and(|other| other.parts() == row.parts());
+        self.undo == other.undo && self.busy().count() == other.busy().count() && self.busy().all(same)
     }
 }
 
@@ -413,18 +345,22 @@ impl Hash for Rows {
     fn hash<H: Hasher>(&self, state: &mut H) {
         use std::hash::BuildHasher as _;
         let hasher = FixedState::default();
-        let each = self.busy().map(|row| hasher.hash_one((&row.key, row.busy(), &row.settled)));
+        let each = self.busy().map(|row| hasher.hash_one(row.parts()));
         each.fold(0_u64, u64::wrapping_add).hash(state);
+        self.undo.hash(state);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{cell::Cell, collections::BTreeMap};
+
     use bytes::Bytes;
 
     use super::*;
     use crate::{
         ids::{Epoch, GroupId, Millis, Number},
+        messages::READ_BYTES_MAX,
         store::MemoryStore,
     };
 
@@ -446,12 +382,10 @@ mod tests {
         table.add(&key, 1, 5, 0);
         table.rows.hold(slot, TICKET, CLAIM);
         table.flush(usize::MAX);
-        assert!(table.rows.row(slot).busy.is_some(), "it is held");
+        assert!(table.rows.row(slot).line.is_some(), "it is held");
         table.add(&key, 2, 5, 0);
-        table.rows.leave(slot, TICKET);
-        assert!(table.rows.row(slot).busy.is_some(), "a version of it is not stored");
-        table.flush(usize::MAX);
-        assert!(table.rows.row(slot).busy.is_none());
+        assert!(table.rows.leave(slot, TICKET).is_free());
+        assert!(table.rows.row(slot).line.is_none());
     }
 
     const TICKET: Ticket =
@@ -478,10 +412,13 @@ mod tests {
     struct Noting {
         kept: MemoryStore,
         noted: Vec<Vec<u8>>,
+        /// How many keys were read.
+        read: Cell<usize>,
     }
 
     impl Store for Noting {
         fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+            self.read.set(self.read.get() + 1);
             self.kept.get(key)
         }
 
@@ -509,7 +446,10 @@ mod tests {
             to: &[u8],
             visit: &mut dyn FnMut(&[u8], &[u8]) -> bool,
         ) -> Result<(), StoreError> {
-            self.kept.scan(from, to, visit)
+            self.kept.scan(from, to, &mut |key, value| {
+                self.read.set(self.read.get() + 1);
+                visit(key, value)
+            })
         }
 
         fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<(Bytes, Bytes)>, StoreError> {
@@ -519,20 +459,29 @@ mod tests {
 
     impl Table {
         fn add(&mut self, key: &RowKey, stamp: u64, delta: i128, history: u64) {
-            let slot = self.rows.seat(&self.store, key).unwrap();
-            let (stamp, history) = (Stamp(stamp), Stamp(history));
-            self.rows.add(&mut self.store, slot, id(stamp.0), stamp, delta, history).unwrap();
+            self.commit(stamp, &[(key, Write::Add(delta))], history);
         }
 
         fn put(&mut self, key: &RowKey, stamp: u64, value: RowValue) {
-            let slot = self.rows.seat(&self.store, key).unwrap();
-            self.rows.replace(&mut self.store, slot, id(stamp), Stamp(stamp), value);
+            self.commit(stamp, &[(key, Write::Replace(value))], 0);
+        }
+
+        fn commit(&mut self, stamp: u64, writes: &[(&RowKey, Write)], history: u64) {
+            let Table { rows, store } = self;
+            let seated = writes.iter().map(|(key, write)| (rows.seat(store, key).unwrap(), write.clone()));
+            let writes = seated.collect();
+            rows.commit(store, id(stamp), Stamp(stamp), &writes, Stamp(history)).unwrap();
         }
 
         fn flush(&mut self, keep_bytes: usize) {
             self.rows.store_all(&mut self.store).unwrap();
-            assert!(self.rows.slots.iter().all(|row| row.unstored().is_empty()), "a flush stores all");
+            assert_eq!(self.rows.undo, UndoLog::default(), "a flush stores all");
             self.rows.trim(keep_bytes);
+        }
+
+        /// How many keys of a table are stored.
+        fn keys(&self, table: u8) -> usize {
+            self.store.kept.iter().filter(|(key, _)| key[0] == table).count()
         }
 
         /// The same, but for what is in memory: nothing is left out of what is told of the changes.
@@ -554,58 +503,280 @@ mod tests {
             self.rows.history(&self.store, key, Stamp(from), Stamp(position), limit).unwrap()
         }
 
-        fn drop_versions(&mut self, history: u64) {
-            self.flush(0);
-            versions::drop_versions(&mut self.store, Stamp(history), versions::FIRST_VERSION, 100).unwrap();
+        fn drop_undo(&mut self, from: u64, history: u64, most: usize) -> u64 {
+            self.rows.drop_undo(&mut self.store, Stamp(from), Stamp(history), most).unwrap().0
         }
     }
 
-    /// What the rows say, whether they are in memory, stored, or a part of each.
-    #[test]
-    fn flushes_make_no_difference() {
-        let keys = [row("a"), row("b"), row("c")];
-        let (mut plain, mut seed) = (Table::default(), 3_u64);
-        let mut dice = |sides: u64| {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (seed >> 33) % sides
-        };
-        let mut flushed = Table::default();
-        // Some stamps come a little late, and some very.
-        let mut stamps: Vec<u64> = (1..=300).collect();
-        for place in 1..stamps.len() {
-            if dice(4) == 0 {
-                let before = place.saturating_sub(1 + dice(9) as usize);
-                stamps.swap(before, place);
+    /// Numbers that follow from a seed.
+    struct Dice(u64);
+
+    impl Dice {
+        fn roll(&mut self, sides: usize) -> usize {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (self.0 >> 33) as usize % sides
+        }
+    }
+
+    /// All changes of a row by stamp: what the undo log is another way to tell.
+    #[derive(Default)]
+    struct Model(BTreeMap<u64, Write>);
+
+    impl Model {
+        fn changes(&self) -> Vec<RowChange> {
+            let mut result = RowValue::Absent;
+            let each = self.0.iter().map(|(stamp, write)| {
+                let delta = match write {
+                    Write::Add(delta) => {
+                        result = plus(&result, *delta);
+                        Some(*delta)
+                    }
+                    Write::Replace(value) => {
+                        result = value.clone();
+                        None
+                    }
+                };
+                RowChange { id: id(*stamp), stamp: Stamp(*stamp), delta, result: result.clone() }
+            });
+            each.collect()
+        }
+
+        fn at(&self, position: u64) -> RowAt {
+            let last = self.changes().into_iter().rfind(|change| change.stamp.0 <= position);
+            last.map_or_else(RowAt::default, |change| RowAt { version: change.stamp, value: change.result })
+        }
+
+        fn history(&self, from: u64, position: u64, limit: usize) -> (Vec<RowChange>, Option<Stamp>) {
+            let within = |change: &RowChange| (from..=position).contains(&change.stamp.0);
+            let mut changes: Vec<RowChange> = self.changes().into_iter().filter(within).collect();
+            let next = changes.get(limit).map(|change| change.stamp);
+            changes.truncate(limit);
+            (changes, next)
+        }
+
+        /// Some change that may be made at a stamp, if any may.
+        fn write(&self, stamp: u64, dice: &mut Dice) -> Option<Write> {
+            let add = Write::Add(dice.roll(100) as i128 - 50);
+            let is_late = self.0.last_key_value().is_some_and(|(last, _)| *last > stamp);
+            if is_late {
+                // Its lock held against all that is exclusive, and it was granted on no record.
+                let behind = self.0.range(stamp..).all(|(_, write)| matches!(write, Write::Add(_)));
+                return (behind && !matches!(self.at(stamp).value, RowValue::Record(_))).then_some(add);
+            }
+            let put = Write::Replace(RowValue::Record(vec![stamp as u8; dice.roll(9)].into()));
+            Some(match (self.at(stamp).value, dice.roll(4)) {
+                (RowValue::Balance(_), _) | (RowValue::Absent, 0) => add,
+                (RowValue::Absent, 1) | (RowValue::Record(_), 0..=1) => Write::Replace(RowValue::Absent),
+                (RowValue::Absent | RowValue::Record(_), _) => put,
+            })
+        }
+    }
+
+    /// Tables to which the same happens, but for when they are flushed.
+    struct Pair {
+        /// Never flushed.
+        plain: Table,
+        flushed: Table,
+        models: Vec<(RowKey, Model)>,
+        /// Stamps that were passed over.
+        skipped: Vec<u64>,
+        newest: u64,
+        history: u64,
+        dropped_to: u64,
+    }
+
+    impl Pair {
+        fn new() -> Pair {
+            let models = ["a", "b", "c", "d", "e"].map(|name| (row(name), Model::default())).into();
+            let (plain, flushed) = (Table::default(), Table::default());
+            Pair { plain, flushed, models, skipped: vec![], newest: 0, history: 0, dropped_to: 0 }
+        }
+
+        /// A stamp that is due, or one that comes late. Half of them leave checkpoints.
+        fn stamp(&mut self, dice: &mut Dice) -> u64 {
+            if dice.roll(4) == 0 && !self.skipped.is_empty() {
+                return self.skipped.swap_remove(dice.roll(self.skipped.len()));
+            }
+            loop {
+                self.newest += 1;
+                match (leaves_checkpoint(Stamp(self.newest)), dice.roll(32)) {
+                    (true, 8..) | (false, 0) => return self.newest,
+                    (true, _) | (false, 1) => self.skipped.push(self.newest),
+                    (false, _) => {}
+                }
             }
         }
-        let mut history = 0;
-        for (count, stamp) in stamps.iter().enumerate() {
-            let (key, delta) = (&keys[dice(3) as usize], dice(100) as i128 - 50);
-            // Nothing is dropped here, but below the mark nothing new is kept that no read needs.
-            history = history.max(dice(count as u64 + 8).saturating_sub(4));
-            plain.add(key, *stamp, delta, history);
-            flushed.add(key, *stamp, delta, history);
-            match dice(12) {
-                0 => flushed.flush(0),
-                1 => flushed.flush(usize::MAX),
-                2..5 => flushed.rows.trim(0),
+
+        fn step(&mut self, dice: &mut Dice) {
+            let stamp = self.stamp(dice);
+            let mut writes = Vec::new();
+            for (row, model) in &mut self.models {
+                if dice.roll(3) == 0
+                    && let Some(write) = model.write(stamp, dice)
+                {
+                    model.0.insert(stamp, write.clone());
+                    writes.push((&*row, write));
+                }
+            }
+            for table in [&mut self.plain, &mut self.flushed] {
+                table.commit(stamp, &writes, self.history);
+            }
+            if dice.roll(4) == 0 {
+                self.history += dice.roll((self.newest - self.history) as usize + 1) as u64 / 3;
+            }
+            if dice.roll(4) == 0 {
+                self.sweep(1 + dice.roll(5));
+            }
+            match dice.roll(8) {
+                0 => self.flushed.flush(0),
+                1 => self.flushed.flush(usize::MAX),
+                2..4 => self.flushed.rows.trim(0),
                 _ => {}
             }
-            let (position, from) = (dice(count as u64 + 3), dice(count as u64 + 3));
-            for key in &keys {
-                assert_eq!(plain.at(key, position), flushed.at(key, position), "at {position} after {count}");
-                let limit = 1 + dice(20) as usize;
-                assert_eq!(
-                    plain.history(key, from, position, limit),
-                    flushed.history(key, from, position, limit),
-                    "{limit} changes of {from} to {position} after {count}"
-                );
+        }
+
+        fn sweep(&mut self, most: usize) {
+            let tables = [&mut self.plain, &mut self.flushed];
+            let next = tables.map(|table| table.drop_undo(self.dropped_to, self.history, most));
+            assert_eq!(next[0], next[1]);
+            self.dropped_to = next[0];
+        }
+
+        fn check_reads(&self, position: u64) {
+            for (key, model) in &self.models {
+                for table in [&self.plain, &self.flushed] {
+                    assert_eq!(table.at(key, position), model.at(position), "{key:?} at {position}");
+                }
             }
         }
-        assert_eq!(plain.noted(), flushed.noted(), "what goes into the running hash");
-        plain.flush(0);
-        flushed.flush(0);
-        assert!(plain.store.kept == flushed.store.kept);
+
+        fn check_history(&self, from: u64, position: u64, limit: usize) {
+            for (key, model) in &self.models {
+                for table in [&self.plain, &self.flushed] {
+                    assert_eq!(
+                        table.history(key, from, position, limit),
+                        model.history(from, position, limit),
+                        "{limit} changes of {key:?} from {from} to {position}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn reads_and_histories_are_those_of_a_list_of_all_changes() {
+        for seed in 1..=30 {
+            let (mut pair, mut dice) = (Pair::new(), Dice(seed));
+            for step in 0..150 {
+                pair.step(&mut dice);
+                let spread = (pair.newest - pair.history) as usize + 2;
+                let mut above = || pair.history + dice.roll(spread) as u64;
+                let (position, from) = (above(), above() + 1);
+                pair.check_reads(position);
+                pair.check_history(from, position, 1 + dice.roll(9));
+                if step % 50 == 49 {
+                    let stamps = pair.models.iter().flat_map(|(_, model)| model.0.keys().copied());
+                    let stamps: std::collections::BTreeSet<u64> = stamps.collect();
+                    for stamp in stamps.range(pair.history + 1..).copied() {
+                        pair.check_reads(stamp - 1);
+                        pair.check_reads(stamp);
+                        for limit in [1, 3, usize::MAX] {
+                            pair.check_history(stamp, pair.newest, limit);
+                        }
+                    }
+                    pair.check_reads(pair.history);
+                    pair.check_history(pair.history + 1, pair.newest, usize::MAX);
+                }
+            }
+            assert!(pair.flushed.keys(0x14) > 0, "there are checkpoints");
+            assert_eq!(pair.plain.noted(), pair.flushed.noted(), "what goes into the running hash");
+            pair.history = pair.newest;
+            while pair.dropped_to <= pair.history {
+                pair.sweep(7);
+            }
+            pair.check_reads(pair.newest);
+            pair.plain.flush(0);
+            pair.flushed.flush(0);
+            assert!(pair.plain.store.kept == pair.flushed.store.kept);
+            assert_eq!(pair.flushed.keys(0x10), pair.flushed.store.kept.len(), "only rows are left");
+        }
+    }
+
+    /// However often a row changes, what is far back is found in a few steps.
+    #[test]
+    fn an_old_state_of_a_hot_row_is_found_in_a_few_steps() {
+        let (mut table, row, all) = (Table::default(), row("hot"), 20_000);
+        let mut unstored = Table::default();
+        for stamp in 1..=all {
+            table.add(&row, stamp, 1, 0);
+            unstored.add(&row, stamp, 1, 0);
+            if stamp.is_multiple_of(3_000) {
+                table.flush(usize::MAX);
+            }
+        }
+        table.flush(0);
+        assert!(
+            (all / 100..all / 40).contains(&(table.keys(0x14) as u64)),
+            "{} checkpoints",
+            table.keys(0x14)
+        );
+        let mut read_in_all = 0;
+        for position in (1..=all).step_by(37) {
+            table.store.read.set(0);
+            assert_eq!(table.at(&row, position).value, RowValue::Balance(position.into()));
+            assert_eq!(unstored.at(&row, position).value, RowValue::Balance(position.into()));
+            read_in_all += table.store.read.get();
+            assert!(table.store.read.get() < 600, "{} keys are read at {position}", table.store.read.get());
+            table.store.read.set(0);
+            let (changes, next) = table.history(&row, position, all, 10);
+            let stamps = changes.iter().map(|change| change.stamp.0);
+            assert!(stamps.eq(position..=all.min(position + 9)));
+            assert_eq!(next, Some(Stamp(position + 10)).filter(|next| next.0 <= all));
+            assert!(table.store.read.get() < 600, "{} keys are read from {position}", table.store.read.get());
+        }
+        unstored.flush(0);
+        assert!(unstored.store.kept == table.store.kept);
+        let times = (all / 37 + 1) as usize;
+        assert!(read_in_all < times * 100, "{} keys in the mean", read_in_all / times);
+        table.add(&row, all + 10, 1, 0);
+        table.store.read.set(0);
+        table.add(&row, all + 5, 1, 0);
+        assert!(table.store.read.get() < 3, "a late delta has few changes behind it");
+    }
+
+    /// A row that changes seldom needs no checkpoint.
+    #[test]
+    fn a_few_changes_are_undone_without_looking_for_a_checkpoint() {
+        let (mut table, row) = (Table::default(), row("a"));
+        for stamp in 1..=9 {
+            table.add(&row, stamp, 1, 0);
+        }
+        table.flush(0);
+        table.store.read.set(0);
+        assert_eq!(table.at(&row, 4).value, RowValue::Balance(4));
+        assert_eq!(table.store.read.get(), 1 + 5, "the row, and each change behind");
+    }
+
+    /// What the first delta on nothing is undone to.
+    #[test]
+    fn a_row_without_a_balance_is_absent_again() {
+        let (mut table, fresh, deleted) = (Table::default(), row("fresh"), row("deleted"));
+        table.put(&deleted, 1, RowValue::Record(Bytes::from_static(b"x")));
+        table.put(&deleted, 2, RowValue::Absent);
+        for (stamp, delta) in [(9, 10), (5, 1)] {
+            table.commit(stamp, &[&fresh, &deleted].map(|row| (row, Write::Add(delta))), 0);
+        }
+        let none = |version| RowAt { version: Stamp(version), value: RowValue::Absent };
+        assert_eq!((table.at(&fresh, 4), table.at(&deleted, 4)), (none(0), none(2)));
+        for row in [&fresh, &deleted] {
+            assert_eq!(table.at(row, 8), RowAt { version: Stamp(5), value: RowValue::Balance(1) });
+        }
+        assert_eq!(table.at(&deleted, 1).value, RowValue::Record(Bytes::from_static(b"x")));
+        // A late delta below the mark is no change that is told, but what it brought was there.
+        let mut late = Table::default();
+        late.add(&fresh, 9, 10, 7);
+        late.add(&fresh, 5, 1, 7);
+        assert_eq!(late.at(&fresh, 7), RowAt { version: Stamp(5), value: RowValue::Balance(1) });
     }
 
     #[test]
@@ -635,12 +806,12 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_was_stored_for_a_late_delta_stays_until_the_next_flush() {
+    fn a_late_delta_is_stored_with_the_next_flush() {
         let mut table = Table::default();
         let row = row("late");
         table.add(&row, 5, 1, 0);
-        table.flush(usize::MAX);
         table.add(&row, 9, 10, 0);
+        table.flush(0);
         table.add(&row, 7, 100, 0);
         // The first look only takes note that it was used.
         table.rows.trim(0);
@@ -722,9 +893,8 @@ mod tests {
         // Some are so large that few fit into one answer.
         for stamp in 1..=24 {
             let bytes = if stamp % 3 == 0 { READ_BYTES_MAX / 2 - 1 } else { 10 };
-            let value = RowValue::Record(vec![stamp as u8; bytes].into());
-            table.put(&row, stamp, value.clone());
-            table.put(&other, stamp, value);
+            let write = Write::Replace(RowValue::Record(vec![stamp as u8; bytes].into()));
+            table.commit(stamp, &[(&row, write.clone()), (&other, write)], 0);
             if stamp == 13 {
                 table.flush(0);
             }
@@ -746,36 +916,60 @@ mod tests {
 
     #[test]
     fn what_a_read_at_the_mark_needs_is_kept_and_nothing_before() {
+        const LAST: u64 = 300;
         let mut before = Table::default();
         let rows = ["a", "b", "c"].map(row);
-        let mut stamp = 0;
-        for _ in 0..10 {
-            for row in &rows {
-                stamp += 1;
-                before.add(row, stamp, 1, 0);
-            }
+        let checkpoints = (1..=LAST).filter(|stamp| leaves_checkpoint(Stamp(*stamp)));
+        let checkpoints: Vec<u64> = checkpoints.collect();
+        let history = checkpoints[0];
+        assert!(checkpoints.len() > 1, "{checkpoints:?}");
+        for stamp in 1..=LAST {
+            before.commit(stamp, &rows.each_ref().map(|row| (row, Write::Add(1))), 0);
         }
-        before.flush(0);
-        let history = Stamp(15);
-        for most in [1, 2, 3, 7, 100] {
-            let mut table = Table { store: before.store.clone(), ..Table::default() };
-            let mut from = Some(versions::FIRST_VERSION.to_vec());
-            let mut rounds = 0;
-            while let Some(next) = from {
-                from = versions::drop_versions(&mut table.store, history, &next, most).unwrap();
-                rounds += 1;
-                assert!(rounds <= 30, "the sweep never ends");
+        for is_flushed in [false, true] {
+            if is_flushed {
+                before.flush(0);
             }
-            // Of the 30 versions 15 lie above the mark, and one of each row below is needed.
-            assert_eq!(table.store.kept.len(), rows.len() + 15 + rows.len(), "{most} at a time");
-            for row in &rows {
-                for position in 15..=30 {
-                    assert_eq!(table.at(row, position), before.at(row, position));
+            for most in [1, 2, 3, 7, 1000] {
+                let (rows_now, store) = (before.rows.clone(), before.store.clone());
+                let (mut table, mut from, mut rounds) = (Table { rows: rows_now, store }, 0, 0);
+                while from <= history {
+                    from = table.drop_undo(from, history, most);
+                    rounds += 1;
+                    assert!(rounds <= LAST, "the sweep never ends");
+                }
+                assert_eq!(from, history + 1);
+                table.flush(0);
+                assert_eq!(table.keys(0x11) as u64, LAST - history, "{most} at a time");
+                assert_eq!(table.keys(0x14), rows.len() * (checkpoints.len() - 1), "{most} at a time");
+                for row in &rows {
+                    for position in history..=LAST {
+                        assert_eq!(table.at(row, position), before.at(row, position));
+                    }
                 }
             }
         }
     }
 
+    /// Where a sweep goes on, there is nothing below that a look would have to pass.
+    #[test]
+    fn a_sweep_looks_at_no_more_than_it_should() {
+        let (mut table, row) = (Table::default(), row("a"));
+        for stamp in 1..=100 {
+            table.add(&row, stamp, 1, 0);
+        }
+        table.flush(0);
+        let mut from = 0;
+        for piece in 1..=5 {
+            table.store.read.set(0);
+            from = table.drop_undo(from, 50, 10);
+            assert!(table.store.read.get() <= 11, "{} keys are read", table.store.read.get());
+            assert_eq!(from, 10 * piece + 1);
+        }
+        assert_eq!(table.drop_undo(from, 50, 10), 51, "nothing above the mark is looked at");
+    }
+
+    /// The change behind a late delta may be above the mark while the delta is not: nothing is told of it, and its sum is there.
     #[test]
     fn a_delta_that_comes_late_below_the_mark_shifts_what_is_kept() {
         let row = row("a");
@@ -784,7 +978,8 @@ mod tests {
             for stamp in [2, 4, 6, 9, 12] {
                 table.add(&row, stamp, 10, 0);
             }
-            table.drop_versions(history);
+            table.flush(0);
+            table.drop_undo(0, history, 100);
             table.add(&row, 7, 1, history);
             for stamp in [2, 4, 6, 7, 9, 12] {
                 in_order.add(&row, stamp, if stamp == 7 { 1 } else { 10 }, 0);

@@ -18,7 +18,7 @@ use verdict_protocol::{
     store::MemoryStore,
 };
 
-/// Small, so that versions are dropped in short tests.
+/// Small, so that undo entries are dropped in short tests.
 const SWEEP_INTERVAL: u32 = 16;
 
 /// One replica of a group.
