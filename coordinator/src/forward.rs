@@ -1,6 +1,6 @@
 //! The `Forward` service: batches that another node took, for the driver here.
 //!
-//! They were let in and checked there, and made ready for their shards; here nothing of them is decoded.
+//! They were let in there, checked as wholes, and made ready for their shards. Here is looked only whether the shards will take their parts.
 //!
 //! Invariant: a stream that is ended with a word of this node has been answered all that was given to the driver. What has no answer was
 //! given to nobody.
@@ -135,6 +135,13 @@ impl ForwardStream {
         let batches = message.batches.into_iter().map(|batch| split_from_wire(batch, placement));
         let batches = batches.collect::<Result<Vec<_>, _>>();
         for batch in batches.map_err(malformed)? {
+            // It would end the stream to its shard, and again whenever it was sent.
+            if let Err(error) = batch.check(placement) {
+                let failure = CallFailure::invalid("batch", error.to_string());
+                let result = Some(Said::Error(failure.call_error()));
+                self.said.push(SubmitAnswer { batch_id: batch.id.to_string(), result });
+                continue;
+            }
             self.last_tag += 1;
             self.in_flight.insert(self.last_tag, batch.id);
             let caller = Caller::Many { tag: self.last_tag, sender: self.sender.clone() };

@@ -34,9 +34,12 @@ pub(crate) const ANSWERS_PER_ROUND: usize = 1024;
 const ANSWER_BYTES: usize = 256 << 10;
 /// So often it is looked who has waited at the door for too long.
 const LOOK_AT_DOOR: Duration = Duration::from_millis(25);
-/// Messages and batches read at once.
+/// What is read at once: no more messages once there is one of these.
 const MESSAGES_PER_ROUND: usize = 64;
 const BATCHES_PER_ROUND: usize = 1024;
+const BYTES_PER_ROUND: usize = 1 << 20;
+/// A message with more batches ends the stream: each takes memory before anything is known of it.
+const BATCHES_PER_MESSAGE_MAX: usize = 65_536;
 
 /// Serves `Settlement` on one node.
 #[derive(Clone)]
@@ -152,6 +155,9 @@ impl SubmitStream {
             if !tell(&mut self.said, &self.responses, |answers| v1::SubmitStreamResponse { answers }).await {
                 return;
             }
+            if !self.unread.is_empty() && self.has_room() {
+                continue;
+            }
             let is_done = self.in_flight.is_empty() && self.at_door.is_empty() && self.unread.is_empty();
             if is_done && !reading {
                 break;
@@ -167,13 +173,22 @@ impl SubmitStream {
                 message = self.incoming.message(), if wants_more => {
                     self.came = Instant::now();
                     // And what else is there already, without looking at all the rest for each of them.
-                    let (mut next, mut taken) = (Some(message), 0);
+                    let (mut next, mut taken, mut bytes) = (Some(message), 0, 0);
                     while let Some(message) = next.take() {
                         match message {
+                            Ok(Some(message)) if message.batches.len() > BATCHES_PER_MESSAGE_MAX => {
+                                let many = message.batches.len();
+                                broken = Some(Status::invalid_argument(format!("it has {many} batches")));
+                                reading = false;
+                            }
                             Ok(Some(message)) => {
-                                self.unread.extend(message.batches);
                                 taken += 1;
-                                if taken < MESSAGES_PER_ROUND && self.unread.len() < BATCHES_PER_ROUND {
+                                bytes += message.batches.iter().map(Bytes::len).sum::<usize>();
+                                self.unread.extend(message.batches);
+                                if taken < MESSAGES_PER_ROUND
+                                    && self.unread.len() < BATCHES_PER_ROUND
+                                    && bytes < BYTES_PER_ROUND
+                                {
                                     next = self.incoming.message().now_or_never();
                                 }
                             }
@@ -201,9 +216,10 @@ impl SubmitStream {
             && self.at_door.back().is_none_or(|last| last.place.is_some())
     }
 
-    /// Takes what has come, as far as there is room, or lets it wait at the door.
+    /// Takes what has come, as far as there is room, or lets it wait at the door. When there is much to be told, that comes first.
     async fn look_at_unread(&mut self) {
         while self.has_room()
+            && self.said.len() < ANSWERS_PER_ROUND
             && let Some(batch) = self.unread.pop_front()
         {
             if self.at_door.is_empty() && self.gateway.admission.has_room() {
@@ -282,15 +298,16 @@ pub(crate) async fn tell<M>(
     responses: &mpsc::Sender<Result<M, Status>>,
     message: impl Fn(Vec<SubmitAnswer>) -> M,
 ) -> bool {
-    while !said.is_empty() {
-        let (mut count, mut bytes) = (0, 0);
-        while count < said.len() && bytes < ANSWER_BYTES {
-            bytes += said[count].encoded_len();
-            count += 1;
+    let mut left = std::mem::take(said).into_iter().peekable();
+    while left.peek().is_some() {
+        let (mut answers, mut bytes) = (Vec::new(), 0);
+        while bytes < ANSWER_BYTES
+            && let Some(answer) = left.next()
+        {
+            bytes += answer.encoded_len();
+            answers.push(answer);
         }
-        let later = said.split_off(count);
-        let now = std::mem::replace(said, later);
-        if responses.send(Ok(message(now))).await.is_err() {
+        if responses.send(Ok(message(answers))).await.is_err() {
             return false;
         }
     }

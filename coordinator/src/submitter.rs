@@ -461,7 +461,9 @@ impl Submitter {
             && let Ok(room) = queue.try_reserve()
         {
             let batches = self.table.hand_over(via);
-            room.send(v1::ForwardRequest { shards: self.config.placement.shards, batches });
+            if !batches.is_empty() {
+                room.send(v1::ForwardRequest { shards: self.config.placement.shards, batches });
+            }
         }
     }
 

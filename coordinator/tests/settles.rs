@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -42,6 +43,7 @@ use verdict_protocol::{
         Abort, AbortReason, Done, FromShard, Greeting, HeldPart, RowAt, ShardQuery, ShardReadAnswer, Vote,
         VoteKind,
     },
+    wire::EncodedPart,
 };
 use verdict_raft::{Host, HostConfig, Limits, Timing};
 
@@ -721,6 +723,80 @@ async fn without_a_leader_nothing_was_proposed_and_the_error_says_so() {
     }
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     assert!(status.get_error_details().retry_info().is_some());
+    cluster.stop().await;
+}
+
+/// Promise G9: what is refused without a place in the window is told before more is looked at.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_of_many_batches_is_answered_a_piece_at_a_time() {
+    let cluster = Cluster::start_among(&[1], |_| {}).await;
+    cluster.led().await;
+    let mut client = cluster.settlement(1);
+    let nothing = |count| v1::SubmitStreamRequest { batches: vec![Bytes::new(); count] };
+    let good = transfer(id(1), "user:", 1);
+    let requests = [nothing(50_000), v1::SubmitStreamRequest::of([&good])];
+    let mut messages = client.submit_stream(tokio_stream::iter(requests)).await.unwrap().into_inner();
+    let (mut refused, mut decided) = (0, 0);
+    while let Some(message) = messages.message().await.unwrap() {
+        assert!(
+            message.answers.len() <= 2048,
+            "{} answers were made before any was sent",
+            message.answers.len()
+        );
+        for answer in message.answers {
+            match answer.result.unwrap() {
+                v1::submit_answer::Result::Error(error) => {
+                    assert_eq!((error.code, error.field.as_str()), (Code::InvalidArgument as i32, "batch"));
+                    refused += 1;
+                }
+                v1::submit_answer::Result::Outcome(outcome) => {
+                    stamp(outcome);
+                    decided += 1;
+                }
+            }
+        }
+    }
+    assert_eq!((refused, decided), (50_000, 1));
+    let mut ended = client.submit_stream(tokio_stream::iter([nothing(70_000)])).await.unwrap().into_inner();
+    assert_eq!(ended.message().await.unwrap_err().code(), Code::InvalidArgument);
+    cluster.stop().await;
+}
+
+/// It would end the stream to the shard, with all that others have on it, whenever it was sent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_forwarded_part_that_no_shard_would_take_is_refused_and_others_settle() {
+    let cluster = Cluster::start_among(&[1], |_| {}).await;
+    cluster.led().await;
+    let split = |n| Batch::from_wire(&encoded(&transfer(id(n), "user:", 1)), 10).unwrap().split(PLACEMENT);
+    let (mut garbled, mut elsewhere) = (split(1), split(2));
+    garbled.parts[0].1 = EncodedPart::from_wire(Bytes::from_static(b"garbage"));
+    let other = elsewhere.parts[1].1.clone();
+    elsewhere.parts[0].1 = other;
+    let good = split(3);
+    let batches = [&garbled, &elsewhere, &good].map(split_to_wire).to_vec();
+    let request = v1::ForwardRequest { shards: PLACEMENT.shards, batches };
+    let mut client = cluster.forward(1);
+    let mut messages = client.exchange(tokio_stream::iter([request])).await.unwrap().into_inner();
+    let mut answers = BTreeMap::new();
+    while let Some(message) = messages.message().await.unwrap() {
+        answers.extend(message.answers.into_iter().map(|answer| (answer.batch_id, answer.result.unwrap())));
+    }
+    for refused in [garbled.id, elsewhere.id] {
+        let v1::submit_answer::Result::Error(error) = &answers[&refused.to_string()] else {
+            panic!("{answers:?}")
+        };
+        assert_eq!(error.code, Code::InvalidArgument as i32, "{error:?}");
+    }
+    let v1::submit_answer::Result::Outcome(outcome) = answers[&good.id.to_string()].clone() else {
+        panic!("{answers:?}")
+    };
+    stamp(outcome);
+    // Whoever hears a word of this node knows that nothing of the message was given to anybody.
+    let many = v1::ForwardRequest { shards: PLACEMENT.shards, batches: vec![split_to_wire(&split(4)); 1025] };
+    let mut ended = client.exchange(tokio_stream::iter([many])).await.unwrap().into_inner();
+    let status = ended.message().await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert_eq!(status.get_error_details().error_info().unwrap().domain, "verdict");
     cluster.stop().await;
 }
 

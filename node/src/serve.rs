@@ -101,7 +101,6 @@ pub async fn serve_clients(
     let health = standard_services(&mut routes).await?;
     routes
         .add_service(node.coordinator().settlement_service())
-        .add_service(node.coordinator().forward_service())
         .add_service(node.coordinator().admin_service());
     let serving = server(routes.routes()).serve_with_incoming(incoming(listener));
     let mut serving = tokio::spawn(serving);

@@ -5,12 +5,12 @@
 
 use tonic::Status;
 use verdict_protocol::{
-    batch::{Batch, BatchError, BatchLimits, OperationKind, Part, Placement, RowKey},
-    ids::{BatchId, ShardId},
+    batch::{PartError, Placement, check_owner, check_part},
+    ids::ShardId,
     messages::{ShardQuery, ShardRead, ToShard},
 };
 
-/// Whether the parts of a message can be read, their rows live in the shard, and their deltas add up.
+/// Whether the shard can take the parts of a message.
 pub fn check_message(placement: Placement, shard: ShardId, message: &ToShard) -> Result<(), Status> {
     if !message.is_empty() && message.placement != placement {
         return Err(Status::failed_precondition(format!(
@@ -18,66 +18,38 @@ pub fn check_message(placement: Placement, shard: ShardId, message: &ToShard) ->
             placement.shards, message.placement.shards
         )));
     }
-    for prepare in &message.prepares {
-        let part = prepare.part.decode().map_err(|error| malformed(prepare.id, &error))?;
-        for (_, operation) in &part {
-            operation.row.check().map_err(|error| malformed(prepare.id, &error))?;
-            check_row(placement, shard, &operation.row)?;
-        }
-        check_deltas(placement, prepare.id, part)?;
-    }
-    Ok(())
+    message.prepares.iter().try_for_each(|prepare| {
+        check_part(placement, shard, &prepare.part).map_err(|error| match error {
+            PartError::Malformed(error) => {
+                Status::invalid_argument(format!("the part of batch {} is malformed: {error}", prepare.id))
+            }
+            PartError::Elsewhere { .. } => elsewhere(placement, &error),
+        })
+    })
 }
 
 /// Whether the rows of a read live in the shard.
 pub fn check_read(placement: Placement, shard: ShardId, read: &ShardRead) -> Result<(), Status> {
-    match &read.query {
-        ShardQuery::Rows(rows) => rows.iter().try_for_each(|row| check_row(placement, shard, row)),
-        ShardQuery::History { row, .. } => check_row(placement, shard, row),
-    }
+    let rows = match &read.query {
+        ShardQuery::Rows(rows) => rows.as_slice(),
+        ShardQuery::History { row, .. } => std::slice::from_ref(row),
+    };
+    let owned = rows.iter().try_for_each(|row| check_owner(placement, shard, row));
+    owned.map_err(|error| elsewhere(placement, &error))
 }
 
-fn check_row(placement: Placement, shard: ShardId, row: &RowKey) -> Result<(), Status> {
-    let owner = placement.shard_of(row.partition());
-    if owner == shard {
-        return Ok(());
-    }
-    Err(Status::failed_precondition(format!(
-        "row {row:?} was sent to shard {shard}, but it lives in shard {owner} of {}: the coordinator was set up with another \
-         number of shards",
+fn elsewhere(placement: Placement, error: &PartError) -> Status {
+    Status::failed_precondition(format!(
+        "{error} of {}: the coordinator was set up with another number of shards",
         placement.shards
-    )))
-}
-
-/// Deltas on one row must not leave 128 bits together. Only deltas that are huge are looked at row by row.
-fn check_deltas(placement: Placement, id: BatchId, part: Part) -> Result<(), Status> {
-    let sum = part.iter().try_fold(0_i128, |sum, (_, operation)| match &operation.kind {
-        OperationKind::Add { delta, .. } => sum.checked_add(delta.checked_abs()?),
-        OperationKind::Put(_)
-        | OperationKind::Insert(_)
-        | OperationKind::Delete
-        | OperationKind::Require(_) => Some(sum),
-    });
-    if sum.is_some() {
-        return Ok(());
-    }
-    let adds = part.into_iter().map(|(_, operation)| operation);
-    let operations = adds.filter(|operation| matches!(operation.kind, OperationKind::Add { .. })).collect();
-    let limits =
-        BatchLimits { operations_max: usize::MAX, participants_max: usize::MAX, bytes_max: usize::MAX };
-    let part = Batch { id, timeout_ms: 0, operations, zero_sum: false };
-    part.check(&limits, placement).map_err(|error| malformed(id, &error))
-}
-
-fn malformed(id: BatchId, error: &BatchError) -> Status {
-    Status::invalid_argument(format!("the part of batch {id} is malformed: {error}"))
+    ))
 }
 
 #[cfg(test)]
 mod tests {
     use tonic::Code;
     use verdict_protocol::{
-        batch::Operation,
+        batch::{Operation, OperationKind, RowKey},
         ids::{BatchId, ContentHash, Millis, Number},
         messages::Prepare,
         wire::EncodedPart,
@@ -130,7 +102,7 @@ mod tests {
     #[test]
     fn a_part_that_is_none_is_refused() {
         let mut message = message(&[("a", 1)]);
-        message.prepares[0].part = EncodedPart::from_wire(b"\x0a\x02\x12\x00".as_slice().into());
+        message.placement = Placement { shards: 1 };
         let mut refused = |bytes: &'static [u8]| {
             message.prepares[0].part = EncodedPart::from_wire(bytes.into());
             let status = check_message(message.placement, ShardId(1), &message).unwrap_err();

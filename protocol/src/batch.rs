@@ -12,7 +12,6 @@ use smallvec::SmallVec;
 
 use crate::{
     ids::{BatchId, ContentHash, ShardId, Stamp},
-    machine::encode,
     wire::{EncodedPart, write_operation},
 };
 
@@ -287,6 +286,11 @@ pub struct SplitBatch {
 }
 
 impl SplitBatch {
+    /// What a leader checks of a batch that another node has split: that every shard will take its part.
+    pub fn check(&self, placement: Placement) -> Result<(), PartError> {
+        self.parts.iter().try_for_each(|(shard, part)| check_part(placement, *shard, part))
+    }
+
     /// The part of a shard.
     pub fn part(&self, shard: ShardId) -> Option<&EncodedPart> {
         self.parts.iter().find(|(owner, _)| *owner == shard).map(|(_, part)| part)
@@ -296,6 +300,59 @@ impl SplitBatch {
     pub fn shards(&self) -> impl Iterator<Item = ShardId> + '_ {
         self.parts.iter().map(|(shard, _)| *shard)
     }
+}
+
+/// Why a shard can't take a part.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PartError {
+    /// It is none, or none that could be carried out.
+    #[error(transparent)]
+    Malformed(#[from] BatchError),
+    /// It has a row of another shard.
+    #[error("row {row:?} was sent to shard {shard}, but it lives in shard {owner}")]
+    Elsewhere {
+        /// The row.
+        row: RowKey,
+        /// The shard that the part was for.
+        shard: ShardId,
+        /// The shard that owns the row.
+        owner: ShardId,
+    },
+}
+
+/// Whether a shard can take a part: it can be read, its rows live there, and its deltas add up. All replicas apply what is in a log: what
+/// can't be applied would stop them all.
+pub fn check_part(placement: Placement, shard: ShardId, part: &EncodedPart) -> Result<(), PartError> {
+    let part = part.decode()?;
+    for (_, operation) in &part {
+        operation.row.check()?;
+        check_owner(placement, shard, &operation.row)?;
+    }
+    check_deltas(part)?;
+    Ok(())
+}
+
+/// Whether a row lives in a shard.
+pub fn check_owner(placement: Placement, shard: ShardId, row: &RowKey) -> Result<(), PartError> {
+    let owner = placement.shard_of(row.partition());
+    if owner == shard { Ok(()) } else { Err(PartError::Elsewhere { row: row.clone(), shard, owner }) }
+}
+
+/// Deltas on one row must not leave 128 bits together. Only deltas that are huge are looked at row by row.
+fn check_deltas(part: Part) -> Result<(), BatchError> {
+    let sum = part.iter().try_fold(0_i128, |sum, (_, operation)| match &operation.kind {
+        OperationKind::Add { delta, .. } => sum.checked_add(delta.checked_abs()?),
+        OperationKind::Put(_)
+        | OperationKind::Insert(_)
+        | OperationKind::Delete
+        | OperationKind::Require(_) => Some(sum),
+    });
+    if sum.is_some() {
+        return Ok(());
+    }
+    let adds = part.into_iter().map(|(_, operation)| operation);
+    let operations = adds.filter(|operation| matches!(operation.kind, OperationKind::Add { .. })).collect();
+    Batch { id: BatchId([0; 16]), timeout_ms: 0, operations, zero_sum: false }.check_rows()
 }
 
 impl Batch {
@@ -343,7 +400,7 @@ impl Batch {
             return Err(BatchError::new("batch.operations", problem));
         }
         let at_most: usize = self.operations.iter().map(Operation::bytes_at_most).sum();
-        let bytes = if at_most > limits.bytes_max { encode(&self.operations).len() } else { 0 };
+        let bytes = if at_most > limits.bytes_max { self.bytes() } else { 0 };
         if bytes > limits.bytes_max {
             let problem = format!("takes {bytes} bytes, at most {} are allowed", limits.bytes_max);
             return Err(BatchError::new("batch.operations", problem));
@@ -362,6 +419,11 @@ impl Batch {
             return Err(BatchError::new("batch.operations", problem));
         }
         Ok(())
+    }
+
+    /// What its operations take in their parts.
+    fn bytes(&self) -> usize {
+        EncodedPart::new((0..).zip(&self.operations)).bytes().len()
     }
 
     /// Operations on one row must make sense together.

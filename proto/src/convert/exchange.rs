@@ -110,6 +110,10 @@ pub fn to_shard_to_wire(
 /// A message of a coordinator.
 pub fn to_shard_from_wire(message: v1::CoordinatorMessage) -> Result<ToldShard, FieldError> {
     let mark = message.mark.map(number_from_wire).transpose().map_err(inside("mark"))?;
+    if message.history == u64::MAX {
+        // Nobody counts so far, and there is a stamp behind every mark.
+        return Err(BatchError::new("history", "is out of range"));
+    }
     Ok(ToldShard {
         shard: ShardId(message.shard),
         message: ToShard {
@@ -773,6 +777,8 @@ mod tests {
             refused(v1::CoordinatorMessage { mark: last, ..Default::default() }),
             "mark.sequence: is out of range"
         );
+        let history = v1::CoordinatorMessage { history: u64::MAX, ..Default::default() };
+        assert_eq!(refused(history), "history: is out of range");
         let empty = v1::CoordinatorMessage { reads: vec![v1::ReadPart::default()], ..Default::default() };
         assert_eq!(refused(empty), "reads[0].rows: is empty");
 

@@ -1,5 +1,6 @@
 //! Batches on their way from the node that took them to the leader.
 
+use bytes::BytesMut;
 use verdict_protocol::{
     batch::{BatchError, Placement, SplitBatch},
     ids::ShardId,
@@ -21,8 +22,11 @@ pub fn split_to_wire(batch: &SplitBatch) -> v1::SplitBatch {
     }
 }
 
-/// The opposite of [`split_to_wire`]. Parts are not looked into: whoever forwards a batch has made them, and their shards look at them.
+/// The opposite of [`split_to_wire`]. Parts are not looked into ([`SplitBatch::check`]). They are copied into memory of their own: a batch
+/// that takes long must not keep all of the message that it came with.
 pub fn split_from_wire(batch: v1::SplitBatch, placement: Placement) -> Result<SplitBatch, FieldError> {
+    let bytes = batch.parts.iter().map(|part| part.part.len()).sum();
+    let mut all = BytesMut::with_capacity(bytes);
     let mut last = 0;
     let part = |(place, part): (usize, v1::ShardPart)| -> Field<_> {
         let follows = part.shard > last && part.shard <= placement.shards;
@@ -32,7 +36,8 @@ pub fn split_from_wire(batch: v1::SplitBatch, placement: Placement) -> Result<Sp
                 format!("is {}: there are {} shards, in ascending order", part.shard, placement.shards);
             return Err(BatchError::new("shard", problem)).map_err(inside(format_args!("parts[{place}]")));
         }
-        Ok((ShardId(part.shard), EncodedPart::from_wire(part.part)))
+        all.extend_from_slice(&part.part);
+        Ok((ShardId(part.shard), EncodedPart::from_wire(all.split().freeze())))
     };
     let parts = batch.parts.into_iter().enumerate().map(part).collect::<Field<Vec<_>>>()?;
     if parts.is_empty() {

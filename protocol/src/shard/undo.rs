@@ -39,6 +39,8 @@ const CHECKPOINT_TABLE: u8 = 0x14;
 const CHECKPOINT_EVERY: u64 = 64;
 /// How many changes are undone before a checkpoint is looked for: mostly what is read was changed a few times since.
 const STEPS_WITHOUT_CHECKPOINT: usize = 16;
+/// What it costs to look an entry up, in bytes that are read.
+const LOOK_BYTES: usize = 512;
 
 /// What is undone of a part: `stamp` is its key.
 #[derive(Debug, Serialize, Deserialize)]
@@ -179,7 +181,7 @@ impl UndoLog {
         position: Stamp,
         limit: usize,
     ) -> Result<(Vec<RowChange>, Option<Stamp>), StoreError> {
-        let mut page = Page { changes: Vec::new(), bytes: 0, limit, next: None };
+        let mut page = Page { changes: Vec::new(), bytes: 0, looked: 0, limit, next: None };
         // From one checkpoint to the next, each time from its end backwards.
         loop {
             let checkpoint = self.checkpoint(store, row, from)?;
@@ -191,6 +193,9 @@ impl UndoLog {
                 return Ok((page.changes, page.next));
             }
             from = Stamp(reached.0 + 1);
+            if page.looked > READ_BYTES_MAX {
+                return Ok((page.changes, Some(from)));
+            }
         }
     }
 
@@ -206,7 +211,8 @@ impl UndoLog {
     ) -> Result<(), StoreError> {
         let (mut at, mut found, mut bytes) = (end, VecDeque::new(), 0);
         while at.version >= from && at.version > Stamp(0) {
-            let (id, change) = self.change(store, row, at.version)?;
+            let (id, change, size) = self.sized_change(store, row, at.version)?;
+            page.looked += LOOK_BYTES + size;
             let delta = change.what.delta();
             let before = change.undo(&at.value);
             let RowAt { version: stamp, value: result } = std::mem::replace(&mut at, before);
@@ -248,7 +254,7 @@ impl UndoLog {
         self.shift(store, row, stamp, delta)?;
         // Where the change behind it is at or below the mark, nobody undoes that one any more.
         let Some(behind) = behind.filter(|_| at.version < stamp) else { return Ok((Stamp(0), false)) };
-        let mut entry = self.entry(store, behind)?;
+        let (mut entry, _) = self.entry(store, behind)?;
         let change = of_row(&mut entry, row, behind)?;
         let before = std::mem::replace(&mut change.before, stamp);
         let begins = matches!(change.what, What::Began(_));
@@ -256,8 +262,9 @@ impl UndoLog {
         change.what = What::Added(delta.unwrap_or_else(|| {
             panic!("a delta at stamp {stamp} comes before a write of row {row:?} at {behind}: its lock did not hold")
         }));
-        store.note(&[row.as_bytes(), &behind.0.to_be_bytes(), &stamp.0.to_be_bytes()]);
+        // All of it: so much memory it takes until the flush.
         let bytes = self.encode(&entry);
+        store.note(&[&undo_key(behind), &self.encoded[bytes.clone()]]);
         self.keep(behind, bytes);
         Ok((before, begins))
     }
@@ -365,24 +372,41 @@ impl UndoLog {
 
     /// The change of a row at a stamp, and the batch that made it.
     fn change(&self, store: &dyn Store, row: &RowKey, stamp: Stamp) -> Result<(BatchId, Change), StoreError> {
-        let mut entry = self.entry(store, stamp)?;
-        let change = of_row(&mut entry, row, stamp)?.clone();
-        Ok((entry.id, change))
+        let (id, change, _) = self.sized_change(store, row, stamp)?;
+        Ok((id, change))
     }
 
-    fn entry(&self, store: &dyn Store, stamp: Stamp) -> Result<Entry<Vec<Change>>, StoreError> {
+    /// The same, with the size of its entry.
+    fn sized_change(
+        &self,
+        store: &dyn Store,
+        row: &RowKey,
+        stamp: Stamp,
+    ) -> Result<(BatchId, Change, usize), StoreError> {
+        let (mut entry, bytes) = self.entry(store, stamp)?;
+        let place = entry.changes.iter().position(|change| change.row == *row);
+        let place = place.ok_or_else(|| of_no_row(row, stamp))?;
+        Ok((entry.id, entry.changes.swap_remove(place), bytes))
+    }
+
+    fn entry(&self, store: &dyn Store, stamp: Stamp) -> Result<(Entry<Vec<Change>>, usize), StoreError> {
         let missing = || StoreError(format!("the undo entry of stamp {stamp} is missing"));
         self.look(store, stamp)?.ok_or_else(missing)
     }
 
-    fn look(&self, store: &dyn Store, stamp: Stamp) -> Result<Option<Entry<Vec<Change>>>, StoreError> {
+    /// The entry of a stamp, if there is one, and its size.
+    fn look(
+        &self,
+        store: &dyn Store,
+        stamp: Stamp,
+    ) -> Result<Option<(Entry<Vec<Change>>, usize)>, StoreError> {
         if let Some(unstored) = self.unstored.get(self.place(stamp))
             && unstored.stamp == stamp
         {
-            return decode("undo entry", &self.encoded[unstored.bytes.clone()]).map(Some);
+            return read_entry(&self.encoded[unstored.bytes.clone()]).map(Some);
         }
         let mut found = None;
-        store.look(&undo_key(stamp), &mut |bytes| found = Some(decode("undo entry", bytes)))?;
+        store.look(&undo_key(stamp), &mut |bytes| found = Some(read_entry(bytes)))?;
         found.transpose()
     }
 
@@ -435,6 +459,8 @@ impl Hash for UndoLog {
 struct Page {
     changes: Vec<RowChange>,
     bytes: usize,
+    /// What was read for it: entries hold other rows too, and as long as they are read nothing is applied.
+    looked: usize,
     limit: usize,
     /// Where the history goes on.
     next: Option<Stamp>,
@@ -500,8 +526,16 @@ fn of_row<'a>(
     row: &RowKey,
     stamp: Stamp,
 ) -> Result<&'a mut Change, StoreError> {
-    let change = entry.changes.iter_mut().find(|change| change.row == *row);
-    change.ok_or_else(|| StoreError(format!("the undo entry of stamp {stamp} says nothing of row {row:?}")))
+    entry.changes.iter_mut().find(|change| change.row == *row).ok_or_else(|| of_no_row(row, stamp))
+}
+
+fn of_no_row(row: &RowKey, stamp: Stamp) -> StoreError {
+    StoreError(format!("the undo entry of stamp {stamp} says nothing of row {row:?}"))
+}
+
+/// An entry, and its size.
+fn read_entry(bytes: &[u8]) -> Result<(Entry<Vec<Change>>, usize), StoreError> {
+    Ok((decode("undo entry", bytes)?, bytes.len()))
 }
 
 /// So that entries sort by stamp.
