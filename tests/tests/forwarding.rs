@@ -127,7 +127,7 @@ async fn submit_within(
     limit: Duration,
 ) -> Result<outcome::Result, tonic::Status> {
     let answer = within(limit, async |limit| {
-        let mut request = Request::new(v1::SubmitRequest::of(&batch));
+        let mut request = Request::new(v1::SubmitRequest::of(batch));
         request.set_timeout(limit);
         cluster.settlement(1).submit(request).await
     });

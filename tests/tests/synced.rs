@@ -94,7 +94,7 @@ async fn with_one_disk_of_three_there_is_no_answer_and_with_two_there_is() {
     let alone = batch(vec![add(&rows[2], -1)]);
     let across = batch(vec![add(&rows[0], -4), add(&rows[1], 2), add(&rows[2], 2)]);
     for batch in [&alone, &across] {
-        let mut request = Request::new(v1::SubmitRequest::of(&batch));
+        let mut request = Request::new(v1::SubmitRequest::of(batch));
         request.set_timeout(FROZEN);
         // No answer, or an error, says nothing.
         if let Ok(Ok(answer)) = tokio::time::timeout(2 * FROZEN, client.submit(request)).await {

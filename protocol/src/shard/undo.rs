@@ -49,6 +49,9 @@ struct Entry<Changes> {
     changes: Changes,
 }
 
+/// An entry that was read, and its size.
+type Read = (Entry<Vec<Change>>, usize);
+
 /// What one part did to one row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Change<Row = RowKey, Value = RowValue> {
@@ -389,17 +392,13 @@ impl UndoLog {
         Ok((entry.id, entry.changes.swap_remove(place), bytes))
     }
 
-    fn entry(&self, store: &dyn Store, stamp: Stamp) -> Result<(Entry<Vec<Change>>, usize), StoreError> {
+    fn entry(&self, store: &dyn Store, stamp: Stamp) -> Result<Read, StoreError> {
         let missing = || StoreError(format!("the undo entry of stamp {stamp} is missing"));
         self.look(store, stamp)?.ok_or_else(missing)
     }
 
     /// The entry of a stamp, if there is one, and its size.
-    fn look(
-        &self,
-        store: &dyn Store,
-        stamp: Stamp,
-    ) -> Result<Option<(Entry<Vec<Change>>, usize)>, StoreError> {
+    fn look(&self, store: &dyn Store, stamp: Stamp) -> Result<Option<Read>, StoreError> {
         if let Some(unstored) = self.unstored.get(self.place(stamp))
             && unstored.stamp == stamp
         {
@@ -534,7 +533,7 @@ fn of_no_row(row: &RowKey, stamp: Stamp) -> StoreError {
 }
 
 /// An entry, and its size.
-fn read_entry(bytes: &[u8]) -> Result<(Entry<Vec<Change>>, usize), StoreError> {
+fn read_entry(bytes: &[u8]) -> Result<Read, StoreError> {
     Ok((decode("undo entry", bytes)?, bytes.len()))
 }
 
