@@ -265,7 +265,7 @@ pub enum ShardReadAnswer {
         changes: Vec<RowChange>,
         /// Where it goes on.
         next: Option<Stamp>,
-        /// Changes below this may have been dropped; 0: all are kept.
+        /// Changes below this are not told any more; 0: all are kept.
         oldest: Stamp,
     },
     /// The position lies below the history mark: what the rows held there may have been dropped.

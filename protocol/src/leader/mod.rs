@@ -239,7 +239,7 @@ pub enum Reply {
         changes: Vec<RowChange>,
         /// Where it goes on.
         next: Option<Stamp>,
-        /// Changes below this may have been dropped; 0: all are kept.
+        /// Changes below this are not told any more; 0: all are kept.
         oldest: Stamp,
     },
 }
