@@ -531,8 +531,8 @@ fn varint(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
-/// A field that is a message: what `body` writes, behind its length.
-fn message(out: &mut Vec<u8>, field: u8, body: impl FnOnce(&mut Vec<u8>)) {
+/// Writes a field that has a length, with a number below 16: a message or a string, which is what `body` writes.
+pub fn message(out: &mut Vec<u8>, field: u8, body: impl FnOnce(&mut Vec<u8>)) {
     out.push(field << 3 | PIECE);
     let place = out.len();
     // Most are shorter than 128 bytes; a longer length needs more room.

@@ -16,7 +16,7 @@ use std::{
 
 use uuid::Uuid;
 use verdict_client::{Batch, BatchBuilder, Row, row};
-use verdict_protocol::{batch::Placement, ids::ShardId};
+use verdict_protocol::{batch::Placement, ids::ShardId, wire::message};
 
 use super::zipf::Zipf;
 use crate::tape::Random;
@@ -404,24 +404,6 @@ impl Order {
             }
         });
     }
-}
-
-/// Writes a field that has a length: its tag, its length and what `body` writes.
-fn message(out: &mut Vec<u8>, field: u8, body: impl FnOnce(&mut Vec<u8>)) {
-    const LENGTH_DELIMITED: u8 = 2;
-    out.push(field << 3 | LENGTH_DELIMITED);
-    let place = out.len();
-    // Most are shorter than 128 bytes.
-    out.push(0);
-    body(out);
-    let length = out.len() - place - 1;
-    if length < 0x80 {
-        out[place] = length as u8;
-        return;
-    }
-    debug_assert!(length < 1 << 14, "an order takes some thousand bytes at most");
-    out[place] = (length & 0x7f) as u8 | 0x80;
-    out.insert(place + 1, (length >> 7) as u8);
 }
 
 fn write_partition(out: &mut Vec<u8>, trade: &Trade, place: Where) {
