@@ -267,7 +267,7 @@ async fn history(client: &Client, row: Row, from: u64, limit: u32, as_json: bool
     }
     crate::out!("complete up to position {}", answer.position);
     if answer.oldest > 0 {
-        crate::out!("changes below stamp {} may have been dropped", answer.oldest);
+        crate::out!("changes below stamp {} are not kept", answer.oldest);
     }
     for entry in &answer.entries {
         let change = change_json(entry.change.as_ref());
