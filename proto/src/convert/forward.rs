@@ -77,7 +77,15 @@ mod tests {
     fn a_forwarded_batch_comes_back() {
         let batch = batch();
         assert_eq!(batch.parts.len(), 4);
-        assert_eq!(split_from_wire(split_to_wire(&batch), PLACEMENT).unwrap(), batch);
+        let wire = split_to_wire(&batch);
+        let came = split_from_wire(wire.clone(), PLACEMENT).unwrap();
+        assert_eq!(came, batch);
+        let keeps_it = came
+            .parts
+            .iter()
+            .zip(&wire.parts)
+            .any(|(one, other)| one.1.bytes().as_ptr() == other.part.as_ptr());
+        assert!(!keeps_it, "it keeps the message that it came with");
     }
 
     /// The leader relies on it.

@@ -888,6 +888,31 @@ mod tests {
         assert_eq!((changes[0].stamp, changes[0].delta, next), (Stamp(5), Some(-3), Some(Stamp(9))));
     }
 
+    /// Nothing is applied meanwhile, and entries hold what other rows were.
+    #[test]
+    fn a_page_of_a_history_reads_no_more_than_an_answer_may_hold() {
+        const CHANGES: u64 = 1000;
+        let mut table = Table::default();
+        let (row, large) = (RowKey::new("a", "USD").unwrap(), RowKey::new("a", "note").unwrap());
+        for stamp in 1..=CHANGES {
+            let value = RowValue::Record(vec![stamp as u8; 64 << 10].into());
+            table.commit(stamp, &[(&row, Write::Add(1)), (&large, Write::Replace(value))], 0);
+        }
+        table.flush(0);
+        let (mut found, mut next, mut pages) = (Vec::new(), Some(1), 0);
+        while let Some(from) = next {
+            let before = table.store.read.get();
+            let (page, after) = table.history(&row, from, CHANGES, 10_000);
+            let read = table.store.read.get() - before;
+            assert!(read < CHANGES as usize / 2, "{read} keys for one page");
+            found.extend(page.into_iter().map(|change| change.stamp.0));
+            next = after.map(|stamp| stamp.0);
+            pages += 1;
+        }
+        assert!(found.iter().copied().eq(1..=CHANGES), "it is whole");
+        assert!(pages > 2, "{pages} pages");
+    }
+
     #[test]
     fn a_history_is_whole_however_it_is_cut() {
         let mut table = Table::default();
